@@ -1,0 +1,1 @@
+"""Turns a method's decisions into real sparsity inside a stock transformers model."""

@@ -1,0 +1,1 @@
+"""Model families (where their parts are) and loading."""

@@ -1,0 +1,1 @@
+"""Experiment tracking; never needed for a result to exist."""
