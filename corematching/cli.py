@@ -1,0 +1,132 @@
+"""The command line: Hydra composes the configuration, the experiment's runner does the work, mistakes get one line.
+
+Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 interrupted. Nothing here imports torch, so that help,
+``--cfg job`` and complaints answer at once.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from corematching import groups
+from corematching.errors import UserError
+from corematching.evaluation import machine
+
+_FLAGS = {"--help", "-h", "--cfg", "-c", "--resolve", "-r", "--package", "-p", "--info", "-i", "--hydra-help", "--version"}
+
+OmegaConf.register_new_resolver("machine", machine.default, replace=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status.
+
+    Parameters
+    ----------
+    arguments
+        Command-line words; those of the process by default.
+    """
+    words = [_normalise(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    debug = any(word.lower() in ("debug=true", "debug=1") for word in words)
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [sys.argv[0], *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print at length, and we say it in one line
+    try:
+        _check_flags(words)
+        _hydra_main()
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error if isinstance(error, UserError) else explain(error, words)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        sys.argv = before[0]
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before[1] is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before[1]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
+def _hydra_main(config: DictConfig) -> None:
+    chosen = HydraConfig.get()
+    runner = get_method(config.runner)
+    raise SystemExit(runner(settle(config, chosen.runtime.choices, chosen.overrides.task)))
+
+
+def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictConfig:
+    """Turn ``method=...`` on the command line into a one-entry ``methods`` list, and note what was left to the machine.
+
+    A keep given as ``method.keep=...`` is that entry's own; otherwise the method takes part in the experiment's sweep.
+    """
+    given = {word.split("=", 1)[0].lstrip("+~") for word in overrides}
+    with open_dict(config):
+        name = choices.get("method")
+        if name:
+            parameters = {key: value for key, value in (config.method or {}).items() if not key.startswith("_")}
+            defaults = groups.load("method", name)
+            own = {key: value for key, value in parameters.items() if f"method.{key}" in given or value != defaults.get(key)}
+            config.methods = [{"name": name, **own}]
+        config.pop("method", None)
+        config.given = sorted(given)
+    return config
+
+
+def _normalise(word: str) -> str:
+    """Accept ``+experiment=x`` beside ``experiment=x`` and ``benchmark=a,b`` beside ``benchmarks=[a,b]``."""
+    if word.startswith("+experiment="):
+        return word[1:]
+    if match := re.fullmatch(r"benchmark=\[?([^\[\]]*)\]?", word):
+        return f"benchmarks=[{match[1]}]"
+    return word
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    for word in words:
+        if word.startswith("-") and word.split("=", 1)[0] not in _FLAGS:
+            raise UserError(f"unknown option '{word}'; options are --help and --cfg job, settings are written name=value")
+
+
+def explain(error: Exception, words: Sequence[str]) -> str:
+    """Say in one line what is wrong with the command line or a configuration file, and what would be right."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.removesuffix(".yaml").rpartition("/")
+        return str(groups.unknown(group, name, groups.choices(group)))
+    if isinstance(error, OverrideParseException):
+        return f"cannot read '{error.override}': settings are written name=value, lists as [a,b]"
+    text = str(error)
+    if isinstance(error, ConfigCompositionException) and (match := re.search(r"Could not override '([^']+)'", text)):
+        return _explain_setting(match[1].split("@")[0], words)
+    if match := re.search(r"[Cc]ould not find '([^']+)'|No match in the defaults list.*'([^']+)'", text):
+        return f"unknown part '{match[1] or match[2]}'; see --help"
+    return " ".join(text.split())
+
+
+def _explain_setting(path: str, words: Sequence[str]) -> str:
+    """The error line for a dotted setting that the composed configuration does not have."""
+    parent, _, key = path.rpartition(".")
+    if not parent:
+        top = groups.top_level()
+        return str(groups.unknown("setting", key, top))
+    chosen = next((word.split("=", 1)[1] for word in words if word.startswith(f"{parent}=")), None)
+    if parent == "method" and chosen is None:
+        return f"'{path}' needs a method: add method=NAME with one of {', '.join(groups.choices('method'))}"
+    if chosen in groups.choices(parent):
+        names = [name for name in groups.load(parent, chosen) if not name.startswith("_")]
+        return str(groups.unknown(f"parameter of {parent} {chosen}", key, names))
+    names = sorted({name for choice in groups.choices(parent) for name in groups.load(parent, choice)})
+    return str(groups.unknown(f"setting of {parent}", key, names))
