@@ -1,0 +1,278 @@
+"""Read stores back: every finished, failed or unscored cell of one or more experiments, as a pandas frame.
+
+A store may have been cut off, copied by hand or mixed with other folders. Whatever cannot be read is left out and
+named in :attr:`Results.problems` (and as a :class:`StoreWarning`); reading never fails because of one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from corematching.errors import UserError
+
+SCHEMA = 1
+STATUSES = ("done", "failed", "not_scored")
+KINDS = ("accuracy", "efficiency")
+FLOPS_PARTS = ("vision", "projector", "prefill", "decode", "lm_head", "overhead", "total")
+CONVENTIONS = ("fastv_eq5", "llama_3ndm")
+#: Text columns: always strings (possibly empty), so that grouping never meets a missing key.
+TEXT = (
+    *(
+        "id",
+        "folder",
+        "experiment",
+        "kind",
+        "status",
+        "model",
+        "method",
+        "method_name",
+        "benchmark",
+        "data",
+        "version",
+        "prompt",
+    ),
+    *("dtype", "metric", "note", "error", "hardware", "git_commit", "finished"),
+)
+TRACE = (
+    "image_tokens",
+    "tokens_entering_llm",
+    "visual_tokens_per_layer",
+    "kv_bytes",
+    "dense_kv_bytes",
+    "generated_tokens",
+)
+NUMBERS = (
+    *("limit", "seed", "n", "value", "scale", "seconds", "model_seconds"),
+    *TRACE,
+    *(f"flops_{part}" for part in FLOPS_PARTS),
+    *(f"flops_{name}" for name in CONVENTIONS),
+)
+OBJECTS = ("keep", "parameters", "visual_tokens_by_layer", "neurons_by_layer", "bench", "versions")
+
+
+class StoreWarning(UserWarning):
+    """A folder of a store was left out, or is incomplete."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing in a store that could not be used.
+
+    Attributes
+    ----------
+    folder : str
+        ``<experiment>/cells/<folder>``.
+    reason : str
+        One line saying why.
+    """
+
+    folder: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {self.reason}"
+
+
+@dataclass
+class Results:
+    """What one or more stores hold.
+
+    Attributes
+    ----------
+    cells : pandas.DataFrame
+        One row per cell, in a stable order; columns are :data:`TEXT`, :data:`NUMBERS` and :data:`OBJECTS`.
+    problems : list of Problem
+        Everything left out, in the order met.
+    """
+
+    cells: pd.DataFrame
+    problems: list[Problem] = field(default_factory=list)
+
+    def report(self, folder: str, reason: str) -> None:
+        """Note a problem and warn about it."""
+        problem = Problem(folder, reason)
+        if problem not in self.problems:
+            self.problems.append(problem)
+            warnings.warn(f"left out {problem}", StoreWarning, stacklevel=3)
+
+    def samples(self, folder: str, columns: Sequence[str]) -> pa.Table | None:
+        """Columns of one cell's ``samples.parquet``, or ``None`` (and a warning) if it cannot be read."""
+        path = Path(folder) / "samples.parquet"
+        try:
+            # The plain reader: the dataset machinery behind `read_table` costs several times as much per small file.
+            with pq.ParquetFile(path) as file:
+                absent = [name for name in columns if name not in file.schema_arrow.names]
+                if not absent:
+                    return file.read(columns=list(columns), use_threads=False)
+            self.report(_name(path.parent), f"samples.parquet has no column {absent[0]!r}")
+        except FileNotFoundError:
+            self.report(_name(path.parent), "samples.parquet is missing")
+        except (OSError, pa.ArrowException) as error:
+            self.report(_name(path.parent), f"samples.parquet cannot be read ({_one_line(error)})")
+        return None
+
+
+def load_results(folders: Iterable[Path | str]) -> Results:
+    """Read the stores of experiments.
+
+    Parameters
+    ----------
+    folders
+        Experiment folders (``<results_dir>/<experiment>``, each holding ``cells/``).
+
+    Returns
+    -------
+    Results
+        A cell that stands in several folders is taken once.
+
+    Raises
+    ------
+    UserError
+        If a folder does not exist or holds no ``cells`` folder.
+    """
+    results = Results(pd.DataFrame())
+    records: dict[tuple[str, str], dict[str, Any]] = {}
+    for folder in map(Path, folders):
+        if not (folder / "cells").is_dir():
+            raise UserError(
+                f"{folder} is no experiment folder: it holds no 'cells' folder (expected <results_dir>/<experiment>)"
+            )
+        for cell in sorted((folder / "cells").iterdir()):
+            if not cell.is_dir() or cell.name.startswith("."):
+                continue  # lock files and folders still being written
+            try:
+                record = _row(_read(cell), cell)
+            except _Unusable as error:
+                results.report(_name(cell), str(error))
+                continue
+            records.setdefault((record["kind"], record["id"]), record)
+    results.cells = _frame(records.values())
+    return results
+
+
+class _Unusable(Exception):
+    """A cell folder that cannot be used; the message says why."""
+
+
+def _read(cell: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((cell / "cell.json").read_bytes())
+    except FileNotFoundError:
+        raise _Unusable("no cell.json (a foreign or unfinished folder)") from None
+    except (OSError, ValueError) as error:
+        raise _Unusable(f"cell.json cannot be read ({_one_line(error)})") from None
+    if not isinstance(record, dict):
+        raise _Unusable("cell.json is not an object")
+    if record.get("schema") != SCHEMA:
+        raise _Unusable(f"cell.json has schema {record.get('schema')!r}, expected {SCHEMA}")
+    if record.get("id") != cell.name:
+        raise _Unusable(f"cell.json is of cell {record.get('id')!r}")
+    if record.get("status") not in STATUSES or record.get("kind") not in KINDS:
+        raise _Unusable(
+            f"status {record.get('status')!r} and kind {record.get('kind')!r} are not {STATUSES} and {KINDS}"
+        )
+    return record
+
+
+def _row(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """One row of :attr:`Results.cells` from a ``cell.json``."""
+    try:
+        config, labels, score = record["config"], record["labels"], record.get("score") or {}
+        trace, timing, provenance = (
+            record.get("trace") or {},
+            record.get("timing") or {},
+            record.get("provenance") or {},
+        )
+        benchmark, flops, conventions = (
+            config["benchmark"],
+            trace.get("flops") or {},
+            trace.get("flops_conventions") or {},
+        )
+        error = record.get("error") or {}
+        row: dict[str, Any] = {
+            "id": record["id"],
+            "folder": str(folder),
+            "experiment": folder.parent.parent.name,
+            "kind": record["kind"],
+            "status": record["status"],
+            **{name: labels[name] for name in ("model", "method", "benchmark", "data")},
+            "method_name": config["method"]["name"],
+            "keep": labels.get("keep"),
+            "parameters": {name: value for name, value in config["method"].items() if name not in ("name", "label")},
+            "version": benchmark.get("version"),
+            "limit": benchmark.get("limit"),
+            "prompt": config.get("prompt"),
+            "dtype": config["model"].get("dtype"),
+            "seed": config.get("seed"),
+            "n": record.get("n"),
+            **{name: score.get(name) for name in ("metric", "value", "scale", "note")},
+            "error": f"{error.get('type')}: {error.get('message')}" if error else "",
+            "hardware": hardware_name(provenance.get("hardware") or {}),
+            "versions": provenance.get("versions") or {},
+            **{name: provenance.get(name) for name in ("git_commit", "finished")},
+            **{name: timing.get(name) for name in ("seconds", "model_seconds")},
+            **{name: trace.get(name) for name in (*TRACE, "visual_tokens_by_layer", "neurons_by_layer")},
+            **{f"flops_{part}": flops.get(part) for part in FLOPS_PARTS},
+            **{f"flops_{name}": conventions.get(name) for name in CONVENTIONS},
+            "bench": record.get("bench"),
+        }
+        row.update({name: "" if row[name] is None else str(row[name]) for name in TEXT})
+        row.update({name: float("nan") if row[name] is None else float(row[name]) for name in NUMBERS})
+    except KeyError as missing:
+        raise _Unusable(f"cell.json lacks {missing}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _Unusable(f"cell.json has a field of the wrong type ({_one_line(error)})") from None
+    return row
+
+
+def hardware_name(hardware: Mapping[str, Any]) -> str:
+    """The device a cell ran on, in words: the accelerator where there is one, else the processor and its cores."""
+    if hardware.get("gpu"):
+        return str(hardware["gpu"])
+    return f"{hardware.get('cpu') or 'unknown CPU'} ({hardware.get('cores', '?')} cores)"
+
+
+def keep_order(keep: Any) -> tuple[int, float]:
+    """Sorting key of a budget: none first, then counts from many to few, then fractions from many to few."""
+    if keep is None or keep != keep:
+        return (0, 0.0)
+    if isinstance(keep, str):
+        return (3, 0.0)
+    return (1 if float(keep) > 1 or isinstance(keep, int) else 2, -float(keep))
+
+
+def _frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    columns = [*TEXT, *NUMBERS, *OBJECTS]
+    rows = sorted(
+        records,
+        key=lambda row: (
+            row["kind"],
+            row["model"],
+            row["benchmark"],
+            row["method"],
+            keep_order(row["keep"]),
+            row["id"],
+        ),
+    )
+    # Built column by column: an inferred frame would turn the mixed `keep` (none, counts, fractions) into floats.
+    data = {
+        name: pd.Series([row[name] for row in rows], dtype="float64" if name in NUMBERS else object) for name in columns
+    }
+    return pd.DataFrame(data, columns=columns)
+
+
+def _name(cell: Path) -> str:
+    return "/".join(cell.parts[-3:])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
