@@ -1,0 +1,218 @@
+"""From a composed configuration to the list of cells; every mistake that can be found without torch is found here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from corematching import groups
+from corematching.benchmarks import Benchmark, DataSource, load_benchmark, load_source
+from corematching.benchmarks.spec import available_benchmarks
+from corematching.errors import UserError
+from corematching.evaluation import machine, provenance
+from corematching.evaluation.cells import Cell
+from corematching.evaluation.conversation import IMAGE_MODES, PROMPTS
+
+_ENTRY_KEYS = ("name", "label", "budgets")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget: a line of the table."""
+
+    method: str
+    label: str
+    keep: Any
+    """What the label says about the budget: a count, a fraction, or None where nothing was asked for."""
+    parameters: Mapping[str, Any] = field(hash=False)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs to know, checked.
+
+    `cells` are ordered by benchmark, then as the methods were listed, without duplicates.
+    """
+
+    name: str
+    folder: Path
+    cells: tuple[Cell, ...]
+    rows: tuple[Row, ...]
+    benchmarks: tuple[Benchmark, ...]
+    source: DataSource
+    settings: Mapping[str, Any]
+    """The whole configuration as plain values."""
+
+
+def plan(config: DictConfig) -> Experiment:
+    """Check a configuration and lay out its cells.
+
+    Raises
+    ------
+    UserError
+        Names the first wrong value and what would be valid.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    _check_settings(settings)
+    benchmarks = tuple(load_benchmark(name) for name in _listed(settings, "benchmarks", available_benchmarks()))
+    rows = method_rows(settings)
+    model = model_identity(settings["model"])
+    source = load_source(**settings["data"])
+    cells = [
+        _cell(settings, model, row, benchmark, source.version(benchmark))
+        for benchmark in benchmarks
+        for row in rows
+    ]
+    folder = Path(settings["results_dir"]).expanduser() / settings["experiment"]
+    return Experiment(
+        settings["experiment"], folder, tuple(dict.fromkeys(cells)), tuple(rows), benchmarks, source, settings
+    )
+
+
+def method_rows(settings: Mapping[str, Any]) -> list[Row]:
+    """The methods times their budgets.
+
+    A listed method takes part in the sweep over ``keep`` if it has a parameter of that name and its entry does not set
+    it. An entry may instead map each budget to the parameters that mean it (``budgets: {192: {dominant: 162, ...}}``).
+    """
+    budgets = settings["keep"] if isinstance(settings["keep"], list) else [settings["keep"]]
+    tokens = settings["model"].get("visual_tokens")
+    for keep in budgets:
+        check_keep("keep", keep, tokens)
+    rows = []
+    for entry in settings["methods"] if isinstance(settings["methods"], list) else [settings["methods"]]:
+        entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+        name = entry.get("name")
+        valid = groups.choices("method")
+        if name not in valid:
+            raise groups.unknown("method", name, valid)
+        known = _parameters(name)
+        own = {key: value for key, value in entry.items() if key not in _ENTRY_KEYS}
+        overrides = (settings["model"].get("method_overrides") or {}).get(name) or {}
+        for key in (*own, *overrides):
+            if key not in known:
+                raise groups.unknown(f"parameter of {name}", key, known)
+        base = {**known, **overrides, **own}
+        label = entry.get("label") or name
+        if "budgets" in entry:
+            rows += [Row(name, label, keep, {**base, **_budget(entry, keep)}) for keep in budgets]
+        elif "keep" in known and "keep" not in own and budgets:
+            rows += [Row(name, label, keep, {**base, "keep": keep}) for keep in budgets]
+        else:
+            rows.append(Row(name, label, base.get("keep"), base))
+    if not rows:
+        raise UserError(f"methods is empty; name one or more of {', '.join(groups.choices('method'))}")
+    return rows
+
+
+def check_keep(name: str, keep: Any, tokens: int | None) -> None:
+    """Refuse a budget that is no count of 1 to `tokens` and no fraction in (0, 1]."""
+    most = "" if tokens is None else f" up to the model's {tokens} visual tokens"
+    count = isinstance(keep, int) and not isinstance(keep, bool)
+    if count and 1 <= keep <= (tokens or keep):
+        return
+    if isinstance(keep, float) and 0 < keep <= 1:
+        return
+    raise UserError(f"{name}={keep} is not valid: give a count (1 or more{most}) or a kept fraction in (0, 1]")
+
+
+def model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a cell that says which model: weights are named by content or commit, never by place alone.
+
+    Raises
+    ------
+    UserError
+        If the weights are nowhere to be found or a setting is unknown.
+    """
+    if model["weights"] not in ("pretrained", "random"):
+        raise groups.unknown("weights", model["weights"], ("pretrained", "random"))
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if model["dtype"] not in dtypes:
+        raise groups.unknown("dtype", model["dtype"], dtypes)
+    on_gpu = machine.gpu_count() > 0 and not str(model["device"]).startswith("cpu")
+    dtype = ("bfloat16" if on_gpu else "float32") if model["dtype"] == "auto" else model["dtype"]
+    identity = {
+        "name": model["name"],
+        "path": model["path"],
+        "revision": provenance.model_revision(model_path(model["path"]), model["revision"]),
+        "dtype": dtype,
+        "weights": model["weights"],
+    }
+    return identity | ({"num_layers": model["num_layers"]} if model["num_layers"] else {})
+
+
+def model_path(path: str) -> str:
+    """Folder or Hub id behind a configured path; ``bundled:NAME`` lies in the installed package."""
+    if path.startswith("bundled:"):
+        return str(Path(__file__).parents[1] / "models" / path.removeprefix("bundled:"))
+    return path
+
+
+def _cell(settings: Mapping[str, Any], model: Mapping[str, Any], row: Row, benchmark: Benchmark, version: str) -> Cell:
+    config = {
+        "model": model,
+        "method": {"name": row.method, **row.parameters},
+        "benchmark": {
+            "name": benchmark.name,
+            "data": settings["data"]["name"],
+            "version": version,
+            "limit": settings["limit"],
+            **({"judge": settings["judge"]["name"]} if benchmark.needs_judge else {}),
+        },
+        "prompt": settings["prompt"],
+        "image": settings["image"],
+        "generation": settings["generation"],
+        "seed": settings["seed"],
+    }
+    return Cell.of(
+        config,
+        model=model["name"],
+        method=row.label,
+        keep=row.keep,
+        benchmark=benchmark.name,
+        data=settings["data"]["name"],
+    )
+
+
+@cache
+def _parameters(method: str) -> dict[str, Any]:
+    """Parameters of a method and their defaults, as its configuration file states them."""
+    return {key: value for key, value in groups.load("method", method).items() if not key.startswith("_")}
+
+
+def _budget(entry: Mapping[str, Any], keep: Any) -> Mapping[str, Any]:
+    if keep not in entry["budgets"]:
+        known = ", ".join(str(key) for key in entry["budgets"])
+        raise UserError(f"method {entry['name']} has no budget {keep} in this experiment; its budgets: {known}")
+    return entry["budgets"][keep]
+
+
+def _listed(settings: Mapping[str, Any], key: str, valid: tuple[str, ...]) -> list[str]:
+    """The names under `key`, once each, all valid."""
+    names = settings[key] if isinstance(settings[key], list) else [settings[key]]
+    if not names:
+        raise UserError(f"{key} is empty; name one or more of {', '.join(valid)}")
+    for name in names:
+        if name not in valid:
+            raise groups.unknown(key.rstrip("s"), name, valid)
+    return list(dict.fromkeys(names))
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for key, valid in (("prompt", PROMPTS), ("image", IMAGE_MODES)):
+        if settings[key] not in valid:
+            raise groups.unknown(key, settings[key], valid)
+    for key, value in (
+        ("batch_size", settings["batch_size"]),
+        ("limit", settings["limit"]),
+        ("generation.max_new_tokens", settings["generation"]["max_new_tokens"]),
+    ):
+        if key == "limit" and value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{key}={value} is not valid: give a whole number of at least 1")
+    if not isinstance(settings["seed"], int) or settings["seed"] < 0:
+        raise UserError(f"seed={settings['seed']} is not valid: give a whole number of at least 0")

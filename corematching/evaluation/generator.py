@@ -1,0 +1,174 @@
+"""Answer many questions with one model under one method: ordering, batching, generation, traces.
+
+Knows transformers and the methods, not lmms-eval; `corematching.evaluation.lmms_model` adapts it.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from corematching.engine.trace import SampleTrace
+from corematching.errors import UserError
+from corematching.evaluation.conversation import prepare_images, render
+
+# What a task may say about generation and we hand to `generate`; sampling settings only where it samples.
+_PASSED_ON = ("num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+_SAMPLING = ("temperature", "top_p", "top_k")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request. `images` is called when the batch is built, so that only one batch of pictures is in memory."""
+
+    text: str
+    images: Callable[[], Sequence[Image.Image]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Generation settings of the task: max_new_tokens, until, do_sample, temperature, top_p, num_beams, ..."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text, how many tokens it took, and what really ran."""
+
+    text: str
+    tokens: int
+    trace: SampleTrace
+
+
+class Generator:
+    """Puts questions to a model, batch by batch.
+
+    Parameters
+    ----------
+    model, processor
+        As `corematching.load_model` returns them. The tokenizer is set to pad on the left.
+    prompt
+        ``llava15`` or ``lmms_eval``; see `corematching.evaluation.conversation.render`.
+    image
+        ``pad`` or ``processor``; see `corematching.evaluation.conversation.prepare_images`.
+    batch_size
+        Most questions per forward pass.
+    max_new_tokens
+        Limit for questions whose task states none (the official LLaVA-1.5 evaluation uses 128).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        prompt: str = "llava15",
+        image: str = "pad",
+        batch_size: int = 1,
+        max_new_tokens: int = 128,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} is not valid: give a count >= 1")
+        self.model, self.processor = model, processor
+        self.prompt, self.image = prompt, image
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def answer(
+        self, questions: Sequence[Question], method: Any, on_done: Callable[[int], None] = lambda count: None
+    ) -> list[Answer]:
+        """Answer all questions under `method`, in the given order.
+
+        Questions run grouped by generation settings and sorted by length, longest first, so that batches pad little and
+        memory peaks at the start. An exception in generation is not caught: no answer is better than an empty one.
+
+        Parameters
+        ----------
+        questions
+            What to ask.
+        method
+            A `corematching.methods.base.Method`.
+        on_done
+            Called after each batch with the number of questions it answered.
+        """
+        answers: list[Answer | None] = [None] * len(questions)
+        with torch.inference_mode(), method(self.model) as trace:
+            for batch in self._batches(questions):
+                for group in self._by_image_count(questions, batch):
+                    indices, pictures = zip(*group)
+                    found = self._generate([questions[i] for i in indices], pictures, trace)
+                    for index, answer in zip(indices, found):
+                        answers[index] = answer
+                on_done(len(batch))
+        return answers  # type: ignore[return-value]  # every index was in exactly one batch
+
+    def _batches(self, questions: Sequence[Question]) -> Iterator[list[int]]:
+        """Indices of questions that share generation settings, longest text first, `batch_size` at a time."""
+        alike: dict[str, list[int]] = defaultdict(list)
+        for index, question in enumerate(questions):
+            alike[repr(sorted(question.settings.items()))].append(index)
+        lengths = [len(ids) for ids in self.processor.tokenizer([q.text for q in questions]).input_ids]
+        for group in alike.values():
+            group.sort(key=lambda index: (-lengths[index], index))
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
+
+    def _by_image_count(self, questions: Sequence[Question], batch: Sequence[int]) -> Iterator[list[tuple[int, list]]]:
+        """Load a batch's pictures and part it by how many each question has (prompts without one stay apart)."""
+        groups: dict[int, list[tuple[int, list]]] = defaultdict(list)
+        for index in batch:
+            pictures = prepare_images(questions[index].images(), self.image, self.processor)
+            groups[len(pictures)].append((index, pictures))
+        yield from groups.values()
+
+    def _generate(self, questions: Sequence[Question], pictures: Sequence[list], trace: Any) -> list[Answer]:
+        texts = [render(self.processor, q.text, len(p), self.prompt) for q, p in zip(questions, pictures)]
+        images = [picture for own in pictures for picture in own]
+        inputs = self.processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        settings = questions[0].settings
+        output = self.model.generate(**inputs, **self._generate_arguments(settings))
+        new = output[:, inputs["input_ids"].shape[1] :]
+        samples = trace.drain()
+        beams = len(samples) // len(questions)  # beam search runs each prompt once per beam; the first stands for all
+        stops = settings.get("until") or ()
+        answers = []
+        for i, (ids, text) in enumerate(zip(new, self.processor.batch_decode(new, skip_special_tokens=True))):
+            # A batch decodes until its longest answer ends; a sample is charged for its own answer only.
+            tokens = self._length(ids)
+            sample = replace(samples[i * beams], decode_steps=tokens - 1)
+            answers.append(Answer(_cut(text, [stops] if isinstance(stops, str) else stops), tokens, sample))
+        return answers
+
+    def _length(self, ids: torch.Tensor) -> int:
+        """Tokens up to and including the first end-of-sequence token, or all."""
+        ends = torch.tensor(_as_list(self.model.generation_config.eos_token_id), device=ids.device)
+        hits = torch.isin(ids, ends).nonzero()
+        return int(hits[0]) + 1 if len(hits) else len(ids)
+
+    def _generate_arguments(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """`generate` arguments: greedy unless the task itself asks for sampling."""
+        sample = bool(settings.get("do_sample", False))
+        arguments = {name: settings[name] for name in _PASSED_ON if settings.get(name) is not None}
+        arguments.update({name: settings.get(name) if sample else None for name in _SAMPLING})
+        return {
+            **arguments,
+            "do_sample": sample,
+            "max_new_tokens": int(settings.get("max_new_tokens") or self.max_new_tokens),
+            "pad_token_id": self.processor.tokenizer.pad_token_id,
+        }
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first stop string, without surrounding blanks."""
+    for stop in stops:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text.strip()
+
+
+def _as_list(value: int | Sequence[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)

@@ -1,0 +1,121 @@
+"""The lmms-eval model: answers generation requests with any model and method of this package.
+
+Registered as ``corematching`` (see `corematching.evaluation.plugin`), so lmms-eval's own command line runs it::
+
+    lmms-eval --model corematching --model_args pretrained=llava_1_5_7b,method=fastv,keep=192 --tasks gqa --batch_size 8
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+
+import corematching as cm
+from corematching.evaluation.generator import Answer, Generator, Question
+
+
+class CoreMatchingLMM(lmms):
+    """A simple-style lmms-eval model.
+
+    The constructor serves lmms-eval's command line; the runner uses `wrap` with a model it has loaded.
+
+    Parameters
+    ----------
+    pretrained
+        A name in ``conf/model``, a local folder or a Hub id.
+    method
+        A name in ``conf/method``; all further arguments are its parameters (``keep=192``, ``layer=2`` ...).
+    batch_size
+        Questions per forward pass (lmms-eval passes a string).
+    device, dtype, weights, num_layers
+        As in `corematching.load_model`.
+    prompt
+        ``llava15`` or ``lmms_eval``: the conversation around the task's text.
+    image
+        ``pad`` (to a square, as LLaVA-1.5 was trained) or ``processor``.
+    max_new_tokens
+        Limit for tasks that state none.
+    max_batch_size
+        Accepted because lmms-eval passes it; unused.
+
+    Raises
+    ------
+    UserError
+        For an unknown method or parameter, or one that does not fit the model.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        method: str = "dense",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        dtype: str | None = None,
+        weights: str = "pretrained",
+        num_layers: int | None = None,
+        prompt: str = "llava15",
+        image: str = "pad",
+        max_new_tokens: int = 128,
+        max_batch_size: int | None = None,
+        **parameters: Any,
+    ):
+        chosen = cm.build_method(method, **parameters)
+        model, processor = cm.load_model(
+            pretrained, weights=weights, dtype=dtype, device=device, num_layers=num_layers
+        )
+        generator = Generator(model, processor, prompt, image, int(batch_size), int(max_new_tokens))
+        self._set_up(generator, chosen, f"{pretrained}, {weights}, {num_layers}")
+
+    @classmethod
+    def wrap(cls, generator: Generator, method: Any, identity: str) -> "CoreMatchingLMM":
+        """A model around a generator that exists already; `identity` says which model that is (name, revision)."""
+        model = cls.__new__(cls)
+        model._set_up(generator, method, identity)
+        return model
+
+    def _set_up(self, generator: Generator, method: Any, identity: str) -> None:
+        super().__init__()
+        self.generator, self.method, self.identity = generator, method, identity
+        self.answers: dict[tuple[str, int], Answer] = {}
+        self.on_done: Callable[[int], None] = lambda count: None
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """One text per request, in order; what really ran is kept in `answers` by (task, doc id)."""
+        keys, questions = [], []
+        for request in requests:
+            text, settings, doc_to_visual, doc_id, task, split = request.args
+            keys.append((task, doc_id))
+            questions.append(Question(text, self._images(doc_to_visual, task, split, doc_id), dict(settings)))
+        answers = self.generator.answer(questions, self.method, self.on_done)
+        self.answers.update(zip(keys, answers))
+        return [answer.text for answer in answers]
+
+    def _images(self, doc_to_visual: Callable, task: str, split: str, doc_id: int) -> Callable[[], list]:
+        return lambda: [picture for picture in doc_to_visual(self.task_dict[task][split][doc_id]) or () if picture]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Not offered: the ten benchmarks generate."""
+        raise NotImplementedError("corematching answers generation tasks only, not log-likelihood tasks")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered: the ten benchmarks ask once."""
+        raise NotImplementedError("corematching answers single-round tasks only")
+
+    def clean(self) -> None:
+        """Keep the model: lmms-eval calls this after every evaluation, and its default deletes all modules."""
+
+    @property
+    def device(self) -> Any:
+        """Device of the model (lmms-eval asks in distributed runs)."""
+        return self.generator.model.device
+
+    def __repr__(self) -> str:
+        """A fingerprint: lmms-eval's response cache keys on it, so it names everything that changes answers."""
+        own = self.generator
+        return (
+            f"CoreMatchingLMM({self.identity}, {own.model.dtype}, {self.method!r}, prompt={own.prompt}, "
+            f"image={own.image}, max_new_tokens={own.max_new_tokens})"
+        )
