@@ -13,35 +13,62 @@ from corematching.results import statistics
 from corematching.results.estimators import Questions, choose
 from corematching.results.load import Results
 
-#: Cells that may stand in one table: same model, same data, same prompt, same questions.
-CONTEXT = ["model", "data", "version", "prompt", "limit"]
+#: Cells that may stand in one table.
+CONTEXT = ["model", "data", "prompt"]
+#: Cells that answered the same questions.
+QUESTIONS = [*CONTEXT, "benchmark", "version", "limit"]
 COLUMNS = (
     *("low", "high", "difference", "difference_low", "difference_high", "standard_error", "only_method", "only_dense"),
     *("p", "p_holm", "detectable", "questions", "units"),
 )
 
 
-def select(cells: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy cells with one row per method and parameters in each context, and labels that tell them apart.
+def select(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Choose the accuracy cells that a table can show.
 
-    Cells that differ only in what a table does not show (seed, revision, generation settings) are reduced to the one
-    finished last; a finished cell wins over a failed one. Two sets of parameters under one label get the parameters
-    that differ added to the label.
+    Of each benchmark's question sets (data versions, limits) the largest is taken. Cells that differ only in what a
+    table does not show (seed, revision, generation settings) are reduced to the one finished last; a finished cell wins
+    over a failed one. Two sets of parameters under one label get the parameters that differ added to the label.
+
+    Returns
+    -------
+    cells : pandas.DataFrame
+        One row per method and parameters in each context, with ``row``, the key of those.
+    notes : list of str
+        What was left aside, in words.
     """
     chosen = cells[cells["kind"] == "accuracy"].copy()
-    if chosen.empty:
-        return chosen.assign(row=[], duplicates=[])
     chosen["row"] = [
         json.dumps([label, parameters], sort_keys=True, default=str)
         for label, parameters in chosen[["method", "parameters"]].itertuples(index=False)
     ]
+    chosen, notes = _largest_question_set(chosen)
     key = [*CONTEXT, "benchmark", "row"]
-    chosen["done"] = chosen["status"] == "done"
-    # A stable sort on real times: the newest finished cell of each row comes last.
-    chosen = chosen.sort_values(["done", "finished", "id"], kind="stable")
-    chosen["duplicates"] = chosen.groupby(key, dropna=False)["id"].transform("size") - 1
+    # Failed cells first, then by the time they finished: the last of each row is the one to show.
+    chosen = chosen.assign(done=chosen["status"] == "done").sort_values(["done", "finished", "id"], kind="stable")
+    repeated = int(chosen.duplicated(key, keep="last").sum())
+    if repeated:
+        notes.append(f"{repeated} cells repeat others but for seed or settings; the one finished last is shown.")
     chosen = chosen.drop_duplicates(key, keep="last").sort_index().drop(columns="done")
-    return _distinct_labels(chosen.reset_index(drop=True))
+    return _distinct_labels(chosen.reset_index(drop=True)), notes
+
+
+def _largest_question_set(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    notes: list[str] = []
+    kept = []
+    for (model, _, _, benchmark), group in cells.groupby([*CONTEXT, "benchmark"], sort=False):
+        sets = group.groupby(["version", "limit"], dropna=False, sort=False)
+        sizes = sets["n"].transform("max").fillna(0)
+        # Ties (two versions of equal size) go to the one finished last.
+        best = group.assign(size=sizes).sort_values(["size", "finished", "id"], kind="stable").iloc[-1]
+        same = (group["version"] == best["version"]) & ((group["limit"] == best["limit"]) | group["limit"].isna())
+        if not same.all():
+            notes.append(
+                f"{benchmark} ({model}): {int((~same).sum())} cells on other or fewer questions are not shown; "
+                f"the table is of n = {best['n']:g}."
+            )
+        kept.append(group[same])
+    return (pd.concat(kept).sort_index() if kept else cells), notes
 
 
 def _distinct_labels(cells: pd.DataFrame) -> pd.DataFrame:
@@ -90,7 +117,7 @@ def compare(results: Results, cells: pd.DataFrame, draws: int = statistics.DRAWS
     """
     out = cells.assign(**dict.fromkeys(COLUMNS, np.nan), tie=False, estimator="", remark="")
     done = out[(out["status"] == "done") & out["value"].notna()]
-    for _, group in done.groupby([*CONTEXT, "benchmark"], dropna=False, sort=False):
+    for _, group in done.groupby(QUESTIONS, dropna=False, sort=False):
         for frame in _group(results, group, draws):
             out.loc[frame.index, frame.columns] = frame
     return out

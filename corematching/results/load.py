@@ -18,9 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corematching.errors import UserError
+from corematching.results.store import SCHEMA, STATUSES
 
-SCHEMA = 1
-STATUSES = ("done", "failed", "not_scored")
 KINDS = ("accuracy", "efficiency")
 FLOPS_PARTS = ("vision", "projector", "prefill", "decode", "lm_head", "overhead", "total")
 CONVENTIONS = ("fastv_eq5", "llama_3ndm")

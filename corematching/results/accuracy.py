@@ -1,0 +1,288 @@
+"""The accuracy tables: methods by benchmarks, ablations, and scaling over the budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from corematching.benchmarks.spec import BENCHMARKS, load_benchmark
+from corematching.errors import UserError
+from corematching.results.compare import CONTEXT, varied_parameters
+from corematching.results.estimators import FALLBACK
+from corematching.results.load import keep_order
+from corematching.results.tables import (
+    FLOPS_UNITS,
+    HOLE,
+    MINI_BANNER,
+    Column,
+    Entry,
+    Row,
+    Table,
+    budget,
+    hole,
+    mark,
+    number,
+    significant,
+    unit_scale,
+    word,
+)
+
+CONTROLS = ("random", "uniform", "pooling")
+FAMILY = ("core_tokens", "core_neurons", "corematching", "corematching_release")
+
+
+@cache
+def title(benchmark: str) -> str:
+    """A benchmark's printed name; a name without a config is printed as it is."""
+    try:
+        return load_benchmark(benchmark).title
+    except UserError:
+        return benchmark
+
+
+def benchmark_order(names: Sequence[str]) -> list[str]:
+    """Benchmarks in the order of the paper's tables, others after them by name."""
+    return sorted(
+        set(names), key=lambda name: (BENCHMARKS.index(name) if name in BENCHMARKS else len(BENCHMARKS), name)
+    )
+
+
+def contexts(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Cells that share a table, with a suffix for the table's name (empty if there is only one)."""
+    groups = [(key, group) for key, group in cells.groupby(CONTEXT, sort=True)]
+    if len(groups) == 1:
+        return [("", groups[0][1])]
+    varied = [place for place in range(len(CONTEXT)) if len({key[place] for key, _ in groups}) > 1]
+    return [("_" + "_".join(str(key[place]) for place in varied), group) for key, group in groups]
+
+
+def methods_of(group: pd.DataFrame) -> pd.DataFrame:
+    """One line per row of a table: dense first, then by budget from large to small, controls before the others."""
+    rows = group.drop_duplicates("row")[["row", "method", "method_name", "keep", "parameters"]]
+    order = [
+        (name != "dense", keep_order(keep), name not in CONTROLS, label)
+        for label, name, keep in rows[["method", "method_name", "keep"]].itertuples(index=False)
+    ]
+    return rows.iloc[sorted(range(len(rows)), key=order.__getitem__)]
+
+
+def accuracy_table(group: pd.DataFrame, suffix: str = "", notes: Sequence[str] = ()) -> Table:
+    """Methods and budgets by benchmarks, with the mean share of dense, visual tokens per layer and FLOPs."""
+    benchmarks = benchmark_order(group["benchmark"])
+    factor, unit = unit_scale(group["flops_total"], FLOPS_UNITS)
+    dense = _dense_values(group)
+    rows = []
+    for method in methods_of(group).itertuples():
+        own = group[group["row"] == method.row].set_index("benchmark")
+        entries = [
+            word(method.method),
+            word(_keep(method)),
+            number(_mean(own["visual_tokens_per_layer"]), reason=_absence(own)),
+            significant(_mean(own["flops_total"]) / factor, reason=_absence(own)),
+            *(score_entry(own, benchmark) for benchmark in benchmarks),
+            _share(own, dense),
+        ]
+        rows.append(Row(tuple(entries), None if method.method_name == "dense" else _keep(method)))
+    columns = (
+        Column("method", "Method", numeric=False),
+        Column("keep", "Keep"),
+        Column("tokens", "Tokens/layer"),
+        Column("flops", unit),
+        *(Column(name, title(name), "higher") for name in benchmarks),
+        Column("share", "% of dense", "higher"),
+    )
+    caption = _caption(group, "Accuracy on " + _count(len(benchmarks), "benchmark"), unit)
+    return mark(_table(f"accuracy{suffix}", "Accuracy per method and budget", caption, columns, rows, group, notes))
+
+
+def scaling_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
+    """Benchmarks and methods by budgets, with half the width of the interval; ``None`` below two budgets."""
+    kept = group[group["method_name"] != "dense"]
+    keeps = sorted({keep for keep in kept["keep"] if keep is not None and keep == keep}, key=keep_order)
+    if len(keeps) < 2:
+        return None
+    swept = kept[kept["keep"].isin(keeps)]
+    rows = []
+    for benchmark in benchmark_order(group["benchmark"]):
+        at = group[group["benchmark"] == benchmark]
+        dense = at[at["method_name"] == "dense"].set_index("benchmark")
+        labels = dict.fromkeys(methods_of(swept[swept["benchmark"] == benchmark])["method"])
+        for label in sorted(labels, key=lambda name: (name not in CONTROLS, name)):
+            own = at[at["method"] == label]
+            cells = [own[[value == keep for value in own["keep"]]].set_index("benchmark") for keep in keeps]
+            entries = [word(title(benchmark)), word(label), score_entry(dense, benchmark, spread=True)]
+            entries += [score_entry(cell, benchmark, spread=True) for cell in cells]
+            rows.append(Row(tuple(entries), benchmark))
+    columns = (
+        Column("benchmark", "Benchmark", numeric=False),
+        Column("method", "Method", numeric=False),
+        Column("dense", "all (dense)"),
+        *(Column(budget(keep), budget(keep), "higher") for keep in keeps),
+    )
+    caption = _caption(group, "Score over the budget (visual tokens kept, or the kept fraction)", "")
+    caption += " ± is half the width of the 95 % interval of the score itself."
+    return mark(_table(f"scaling{suffix}", "Scaling over keep", caption, columns, rows, group))
+
+
+def ablation_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
+    """CoreMatching's halves and choices; ``None`` if the cells hold fewer than two variants of one budget."""
+    family = group[group["method_name"].isin(FAMILY)]
+    variants = methods_of(family)
+    parameters = varied_parameters([{"method": row.method_name, **row.parameters} for row in variants.itertuples()])
+    if len(variants) < 2 or not parameters:
+        return None
+    benchmarks = benchmark_order(group["benchmark"])
+    dense = _dense_values(group)
+    ordered = [*methods_of(group[group["method_name"] == "dense"]).itertuples(), *variants.itertuples()]
+    rows = []
+    for method in ordered:
+        own = group[group["row"] == method.row].set_index("benchmark")
+        chosen = {"method": method.method_name, **method.parameters}
+        entries = [
+            word(method.method),
+            *(word(_parameter(chosen.get(name))) for name in parameters),
+            word(_keep(method)),
+            number(_mean(own["visual_tokens_per_layer"]), reason=_absence(own)),
+            _neurons(own),
+            *(score_entry(own, benchmark) for benchmark in benchmarks),
+            _share(own, dense),
+        ]
+        rows.append(Row(tuple(entries), None if method.method_name == "dense" else "variants"))
+    columns = (
+        Column("label", "Variant", numeric=False),
+        *(Column(name, name, numeric=False) for name in parameters),
+        Column("keep", "Keep"),
+        Column("tokens", "Tokens/layer"),
+        Column("neurons", "Neurons/layer"),
+        *(Column(name, title(name), "higher") for name in benchmarks),
+        Column("share", "% of dense", "higher"),
+    )
+    caption = _caption(group, "Halves and choices of CoreMatching; parameters that no row varies are left out", "")
+    caption += " Neurons/layer is the mean count of FFN neurons used in decode over the layers that are sliced."
+    return mark(_table(f"ablation{suffix}", "Ablations", caption, columns, rows, group))
+
+
+def score_entry(own: pd.DataFrame, benchmark: str, spread: bool = False) -> Entry:
+    """The score of one cell with what is known about it; ``own`` is indexed by benchmark."""
+    if benchmark not in own.index:
+        return hole("not run")
+    cell = own.loc[benchmark]
+    if cell["status"] == "failed":
+        return hole(f"failed: {cell['error']}"[:160])
+    if cell["status"] == "not_scored" or not math.isfinite(cell["value"]):
+        return hole(f"not scored: {cell['note'] or 'no score was stored'}"[:160])
+    half = f" ± {(cell['high'] - cell['low']) / 2:.1f}" if spread and math.isfinite(cell["low"]) else ""
+    return number(cell["value"], spread=half, tie=bool(cell["tie"]), detail=_detail(cell))
+
+
+def _detail(cell: pd.Series) -> str:
+    parts = [f"n = {cell['n']:g}"]
+    if math.isfinite(cell["low"]):
+        parts.append(f"95 % interval {cell['low']:.1f} to {cell['high']:.1f} ({cell['estimator']})")
+    if math.isfinite(cell["difference"]):
+        bounds = f"{cell['difference_low']:+.1f} to {cell['difference_high']:+.1f}"
+        parts.append(f"difference from dense {cell['difference']:+.1f} ({bounds})")
+    if math.isfinite(cell["p_holm"]):
+        parts.append(f"McNemar p = {cell['p']:.2g}, Holm-corrected {cell['p_holm']:.2g}")
+    return "; ".join([*parts, *filter(None, [cell["remark"]])])
+
+
+def _dense_values(group: pd.DataFrame) -> dict[str, float]:
+    done = group[(group["method_name"] == "dense") & (group["status"] == "done") & (group["value"] > 0)]
+    return dict(zip(done["benchmark"], done["value"], strict=True))
+
+
+def _share(own: pd.DataFrame, dense: dict[str, float]) -> Entry:
+    """Mean over the benchmarks that dense has a score on; a hole if this row lacks one of them (a biased mean)."""
+    if not dense:
+        return hole("no dense score to compare with")
+    values = {name: own["value"].get(name, np.nan) for name in dense}
+    absent = [title(name) for name, value in values.items() if not math.isfinite(value)]
+    if absent:
+        return hole(f"no score on {', '.join(absent)}, which dense has")
+    return number(100 * float(np.mean([values[name] / dense[name] for name in dense])))
+
+
+def _neurons(own: pd.DataFrame) -> Entry:
+    counts = [count for layers in own["neurons_by_layer"] if layers for count in layers if count is not None]
+    return number(float(np.mean(counts)), 0) if counts else word("all") if len(own) else hole("not run")
+
+
+def _keep(method) -> str:
+    adaptive = method.keep is None and method.method_name != "dense"
+    return "adaptive" if adaptive else budget(method.keep)
+
+
+def _parameter(value: object) -> str:
+    return HOLE if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _absence(own: pd.DataFrame) -> str:
+    errors = [error for error in own["error"] if error]
+    return f"failed: {errors[0]}"[:160] if errors else "the cells hold no trace"
+
+
+def _mean(values: pd.Series) -> float:
+    return float(values.mean()) if values.notna().any() else math.nan
+
+
+def _count(number_of: int, noun: str) -> str:
+    return f"{number_of} {noun}" + ("" if number_of == 1 else "s")
+
+
+def _caption(group: pd.DataFrame, subject: str, flops: str) -> str:
+    first = group.iloc[0]
+    sizes = sorted({int(n) for n in group.loc[group["status"] == "done", "n"].dropna()})
+    n = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]} to {sizes[-1]}" if sizes else "n unknown"
+    sentences = [
+        f"{subject}.",
+        f"Model {first['model']} ({first['dtype'] or 'unknown precision'}), data {first['data']},"
+        f" prompt {first['prompt']}, {n} questions per benchmark.",
+        "Tokens/layer is the mean count of visual tokens entering a decoder layer, from the trace.",
+    ]
+    if flops:
+        sentences.append(
+            f"{flops} per question: 2 per multiply-add; vision tower, projector, prefill, decode, output head and"
+            " method overhead together. % of dense is the mean over benchmarks of score / dense score."
+        )
+    sentences.append(
+        "Bold: best, underlined: second best of a budget (dense apart). ≈: not told apart from dense (the paired 95 %"
+        " bootstrap interval over images holds 0, or the exact McNemar p after Holm's correction is at least 0.05)."
+        f" {HOLE}: no number."
+    )
+    return " ".join(sentences)
+
+
+def _table(
+    name: str, heading: str, caption: str, columns, rows, group: pd.DataFrame, notes: Sequence[str] = ()
+) -> Table:
+    banner = MINI_BANNER if (group["data"] == "mini").any() else ""
+    remarks = [*_metric_notes(group), *_power_note(group), *notes]
+    return Table(name, heading, caption, tuple(columns), tuple(rows), tuple(remarks), banner)
+
+
+def _metric_notes(group: pd.DataFrame) -> list[str]:
+    done = group[group["status"] == "done"]
+    notes = []
+    for benchmark in benchmark_order(done["benchmark"]):
+        cells = done[done["benchmark"] == benchmark]
+        metrics = ", ".join(sorted(set(cells["metric"]) - {""}))
+        remarks = sorted(set(cells["note"]) - {""})
+        if (cells["estimator"] == FALLBACK).any():
+            remarks.append("its intervals are of the mean question score, in percent")
+        if metrics not in ("", "accuracy") or remarks:
+            notes.append("; ".join([f"{title(benchmark)}: {metrics}", *remarks]) + ".")
+    return notes
+
+
+def _power_note(group: pd.DataFrame) -> list[str]:
+    known = group[group["detectable"].notna()]
+    if known.empty:
+        return []
+    medians = known.groupby("benchmark")["detectable"].median()
+    listed = ", ".join(f"{title(name)} {medians[name]:.1f}" for name in benchmark_order(medians.index))
+    return [f"Smallest difference from dense found with 80 % power at this n (median over rows, in points): {listed}."]

@@ -1,0 +1,125 @@
+"""The hardware table: prefill, decode, end to end and memory per device, method and output length."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from corematching.results.load import keep_order
+from corematching.results.tables import (
+    BYTES_UNITS,
+    Column,
+    Entry,
+    Row,
+    Table,
+    budget,
+    hole,
+    mark,
+    number,
+    significant,
+    unit_scale,
+    word,
+)
+
+#: Fields of an efficiency row (``bench`` in ``cell.json``). Times are medians in milliseconds; ``<field>_iqr``, where
+#: present, is the distance between their quartiles. Memory is in bytes, shares are of the measured peak, in [0, 1].
+TIMES = {
+    "prefill_ms": "Prefill ms",
+    "decode_ms_per_token": "Decode ms/token",
+    "end_to_end_ms": "End to end ms",
+    "overhead_ms": "Overhead ms",
+}
+BYTES = {"peak_memory_bytes": "Peak memory", "kv_bytes": "KV cache"}
+RATES = {"decode_gb_per_s": ("GB/s", 1.0), "bandwidth_share": ("% of bandwidth", 100.0)}
+#: What must be equal for two rows to be compared.
+SETTING = ["model", "device", "regime", "output_tokens"]
+
+
+def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
+    """Efficiency cells with their ``bench`` fields as columns, and speed-ups over the dense row of the same setting.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Empty if there are none; ``speedup`` is dense end-to-end time over the row's own.
+    """
+    chosen = cells[(cells["kind"] == "efficiency") & cells["bench"].map(lambda row: isinstance(row, dict))]
+    fields = [
+        "device",
+        "regime",
+        "output_tokens",
+        "predicted",
+        *TIMES,
+        *BYTES,
+        *RATES,
+        *(f"{name}_iqr" for name in TIMES),
+    ]
+    names = ["id", "folder", "model", "method", "method_name", "keep", "dtype", "hardware", "finished", "flops_total"]
+    rows = chosen[names].reset_index(drop=True)
+    for name in fields:
+        rows[name] = pd.Series([bench.get(name) for bench in chosen["bench"]], index=rows.index, dtype=object)
+    rows["device"] = rows["device"].where(rows["device"].notna(), rows["hardware"])
+    rows["regime"] = rows["regime"].where(rows["regime"].notna(), "resident")
+    for name in fields[4:]:
+        rows[name] = pd.to_numeric(rows[name], errors="coerce")
+    dense = (
+        rows[rows["method_name"] == "dense"].drop_duplicates(SETTING, keep="last").set_index(SETTING)["end_to_end_ms"]
+    )
+    times = [dense.get(tuple(setting), math.nan) for setting in rows[SETTING].itertuples(index=False)]
+    return rows.assign(speedup=pd.Series(times, index=rows.index, dtype=float) / rows["end_to_end_ms"])
+
+
+def hardware_table(rows: pd.DataFrame) -> Table | None:
+    """All efficiency rows; ``None`` if there are none. Numbers compete within one setting."""
+    if rows.empty:
+        return None
+    scales = {name: unit_scale(rows[name], BYTES_UNITS) for name in BYTES}
+    body = []
+    for row in sorted((rows.loc[index] for index in rows.index), key=_order):
+        predicted = " (predicted)" if row["predicted"] is True else ""
+        entries = [
+            word(row["model"]),
+            word(row["device"]),
+            word(f"{row['regime']}{predicted}"),
+            word("?" if row["output_tokens"] is None else row["output_tokens"]),
+            word(row["method"]),
+            word(budget(row["keep"])),
+            *(_time(row, name) for name in TIMES),
+            *(significant(row[name] / scales[name][0]) for name in BYTES),
+            *(number(factor * row[name]) for name, (_, factor) in RATES.items()),
+            number(row["speedup"], 2, "no dense row with this device, regime and output length"),
+        ]
+        body.append(Row(tuple(entries), "/".join(str(row[name]) for name in SETTING)))
+    columns = (
+        *(Column(key, heading, numeric=False) for key, heading in (("model", "Model"), ("device", "Device"))),
+        Column("regime", "Weights", numeric=False),
+        Column("output", "Output tokens"),
+        Column("method", "Method", numeric=False),
+        Column("keep", "Keep"),
+        *(Column(name, heading, "lower") for name, heading in TIMES.items() if name != "overhead_ms"),
+        Column("overhead_ms", TIMES["overhead_ms"]),
+        *(Column(name, f"{heading} {scales[name][1]}", "lower") for name, heading in BYTES.items()),
+        *(Column(name, heading) for name, (heading, _) in RATES.items()),
+        Column("speedup", "Speed-up", "higher"),
+    )
+    caption = (
+        "Medians over repeats, ± half the distance between the quartiles, at a forced output length; dense runs in"
+        " the same process and kernel. Speed-up is dense end-to-end time over the row's own. Rows marked predicted come"
+        " from the roofline model, not from a measurement. Bold: best, underlined: second best of a setting."
+    )
+    return mark(Table("hardware", "Time and memory", caption, columns, tuple(body)))
+
+
+def _order(row: pd.Series) -> tuple:
+    setting = (*(str(row[name]) for name in SETTING[:3]), row["output_tokens"] or 0)
+    return (*setting, row["method_name"] != "dense", keep_order(row["keep"]), row["method"])
+
+
+def _time(row: pd.Series, name: str) -> Entry:
+    if not math.isfinite(row[name]):
+        return hole("not measured")
+    spread = row[f"{name}_iqr"] / 2
+    decimals = 2 if row[name] < 100 else 1
+    shown = f" ± {spread:.{decimals}f}" if math.isfinite(spread) else ""
+    return number(row[name], decimals, spread=shown)

@@ -1,0 +1,200 @@
+"""Write tables as CSV, Markdown, LaTeX (booktabs) and HTML. All four show the same texts, character for character."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from corematching.results.tables import TIE, Entry, Table
+
+LATEX_ESCAPES = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "—": "---",
+        "–": "--",
+        "≈": r"$\approx$",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "≥": r"$\geq$",
+        "≤": r"$\leq$",
+        "·": r"$\cdot$",
+        "→": r"$\rightarrow$",
+        "ρ": r"$\rho$",
+        "β": r"$\beta$",
+        "µ": r"$\mu$",
+        "−": "--",
+        "\n": " ",
+    }
+)
+
+
+def to_csv(table: Table) -> str:
+    """The texts without marks; reasons of holes and the banner stand in a last column, ``notes``."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*(column.title for column in table.columns), "notes"])
+    for row in table.rows:
+        reasons = [
+            f"{column.title}: {entry.reason}"
+            for column, entry in zip(table.columns, row.entries, strict=True)
+            if entry.reason
+        ]
+        writer.writerow(
+            [
+                *(entry.text + entry.spread for entry in row.entries),
+                "; ".join([*reasons, *filter(None, [table.banner])]),
+            ]
+        )
+    return out.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table: best in bold, second underlined, holes with footnotes below."""
+    holes = table.holes()
+
+    def show(entry: Entry) -> str:
+        text = _wrap(escape_markdown(entry.text), entry.mark, "**{}**", "<u>{}</u>") + entry.spread
+        return (
+            text
+            + (f" {TIE}" if entry.tie else "")
+            + (f"<sup>{holes.index(entry.reason) + 1}</sup>" if entry.reason else "")
+        )
+
+    lines = [f"### {escape_markdown(table.title)}", ""]
+    if table.banner:
+        lines += [f"> **{escape_markdown(table.banner)}**", ""]
+    lines.append("| " + " | ".join(escape_markdown(column.title) for column in table.columns) + " |")
+    lines.append("|" + "|".join("---:" if column.numeric else "---" for column in table.columns) + "|")
+    lines += ["| " + " | ".join(show(entry) for entry in row.entries) + " |" for row in table.rows]
+    lines += ["", escape_markdown(table.caption)]
+    lines += ["", *(f"{place}. {escape_markdown(reason)}" for place, reason in enumerate(holes, 1))] if holes else []
+    lines += ["", *(f"- {escape_markdown(note)}" for note in table.notes)] if table.notes else []
+    return "\n".join(lines) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A ``table`` environment for booktabs, shrunk to the text width if it is wider; needs graphicx as well."""
+    holes = table.holes()
+
+    def show(entry: Entry) -> str:
+        text = _wrap(escape_latex(entry.text), entry.mark, r"\textbf{{{}}}", r"\underline{{{}}}") + escape_latex(
+            entry.spread
+        )
+        tie = r"\rlap{\,$\approx$}" if entry.tie else ""
+        return text + tie + (rf"\rlap{{\textsuperscript{{{holes.index(entry.reason) + 1}}}}}" if entry.reason else "")
+
+    remarks = [*(f"({place}) {reason}." for place, reason in enumerate(holes, 1)), *table.notes]
+    caption = " ".join(filter(None, [table.banner, table.caption, *remarks]))
+    columns = "".join("r" if column.numeric else "l" for column in table.columns)
+    lines = [
+        r"\begin{table}[tbp]",
+        r"\centering",
+        rf"\caption{{{escape_latex(caption)}}}",
+        rf"\label{{tab:{table.name.replace('_', '-')}}}",
+        r"\small",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(escape_latex(column.title) for column in table.columns) + r" \\",
+        r"\midrule",
+    ]
+    for place, row in enumerate(table.rows):
+        if place and row.block != table.rows[place - 1].block:
+            lines.append(r"\midrule")
+        lines.append(" & ".join(show(entry) for entry in row.entries) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
+
+
+def to_html(table: Table) -> str:
+    """A ``<section>`` with a sortable, filterable table (the report adds the script); all text is escaped."""
+    holes = table.holes()
+
+    def show(entry: Entry) -> str:
+        text = _wrap(html.escape(entry.text), entry.mark, "<strong>{}</strong>", "<u>{}</u>")
+        if entry.link:
+            text = f'<a href="{html.escape(entry.link)}">{text}</a>'
+        text += html.escape(entry.spread)
+        tie = f' <span class="tie" title="not told apart from dense">{TIE}</span>' if entry.tie else ""
+        note = f"<sup>{holes.index(entry.reason) + 1}</sup>" if entry.reason else ""
+        value = "" if entry.value is None else f' data-value="{entry.value!r}"'
+        hint = f' title="{html.escape(entry.detail or entry.reason)}"' if entry.detail or entry.reason else ""
+        return f"<td{value}{hint}>{text}{tie}{note}</td>"
+
+    lines = [f'<section class="table" id="table-{html.escape(table.name)}">', f"<h3>{html.escape(table.title)}</h3>"]
+    if table.banner:
+        lines.append(f'<p class="banner">{html.escape(table.banner)}</p>')
+    titles = [f'<th class="{"number" if c.numeric else "word"}">{html.escape(c.title)}</th>' for c in table.columns]
+    lines += ["<table>", f"<thead><tr>{''.join(titles)}</tr></thead>", "<tbody>"]
+    for row in table.rows:
+        fields = "".join(show(entry) for entry in row.entries)
+        lines.append(f'<tr data-block="{html.escape(row.block or "")}">{fields}</tr>')
+    lines += ["</tbody>", "</table>", f'<p class="caption">{html.escape(table.caption)}</p>']
+    if holes:
+        lines += ['<ol class="holes">', *(f"<li>{html.escape(reason)}</li>" for reason in holes), "</ol>"]
+    if table.notes:
+        lines += ['<ul class="notes">', *(f"<li>{html.escape(note)}</li>" for note in table.notes), "</ul>"]
+    return "\n".join([*lines, "</section>"]) + "\n"
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"csv": to_csv, "md": to_markdown, "tex": to_latex, "html": to_html}
+
+
+def write(tables: Iterable[Table], folder: Path) -> list[Path]:
+    """Write every table in every format, plus ``tables.tex``, a document that shows them all.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tables, written = list(tables), []
+    for table in tables:
+        for suffix, render in FORMATS.items():
+            path = folder / f"{table.name}.{suffix}"
+            path.write_text(render(table), encoding="utf-8")
+            written.append(path)
+    document = folder / "tables.tex"
+    document.write_text(latex_document(tables), encoding="utf-8")
+    return [*written, document]
+
+
+def latex_document(tables: Iterable[Table]) -> str:
+    """A complete document that inputs the table files beside it."""
+    inputs = [rf"\input{{{table.name}.tex}}" for table in tables]
+    packages = [r"\usepackage[T1]{fontenc}", r"\usepackage{booktabs}", r"\usepackage{graphicx}"]
+    geometry = r"\usepackage[margin=2cm]{geometry}"
+    return (
+        "\n".join([r"\documentclass{article}", *packages, geometry, r"\begin{document}", *inputs, r"\end{document}"])
+        + "\n"
+    )
+
+
+def escape_latex(text: str) -> str:
+    """Text that LaTeX shows as it is; a character without a known command is shown as a question mark."""
+    return "".join(char if ord(char) < 0x250 or char in "$\\" else "?" for char in text.translate(LATEX_ESCAPES))
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, in one line, inside a table field or not."""
+    for char in "\\`*_[]|":
+        text = text.replace(char, "\\" + char)
+    return " ".join(html.escape(text, quote=False).split())
+
+
+def _wrap(text: str, mark: str, best: str, second: str) -> str:
+    return {"best": best, "second": second}.get(mark, "{}").format(text)

@@ -1,0 +1,175 @@
+"""Tables as data: every number is formatted once, here, and every renderer shows that text.
+
+A :class:`Table` holds entries (text, marks, reasons for holes); :mod:`corematching.results.render` writes it as CSV,
+Markdown, LaTeX and HTML. What goes into the paper's tables is decided in :mod:`corematching.results.aggregate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+HOLE = "—"
+TIE = "≈"
+MINI_BANNER = "Bundled tiny model on the bundled mini suite: not comparable with published numbers."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One field of a table.
+
+    Attributes
+    ----------
+    text
+        What every format shows.
+    value
+        The number behind the text, for marks and sorting; ``None`` for words and holes.
+    spread
+        Shown after the text, e.g. `` ± 2.1``.
+    mark
+        ``"best"``, ``"second"`` or empty.
+    tie
+        Whether the number cannot be told from dense.
+    detail
+        More about the number (its interval, its p-value): a tooltip in HTML.
+    reason
+        Why there is no number, for holes.
+    link
+        Relative address of the cell's folder, for HTML.
+    """
+
+    text: str
+    value: float | None = None
+    spread: str = ""
+    mark: str = ""
+    tie: bool = False
+    detail: str = ""
+    reason: str = ""
+    link: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its key, its title and, if its numbers compete, which direction is ``better`` ("higher" or "lower")."""
+
+    key: str
+    title: str
+    better: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """Entries in column order; numbers compete within rows of one ``block`` (rows of block ``None`` do not compete)."""
+
+    entries: tuple[Entry, ...]
+    block: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with everything a reader needs beside it.
+
+    Attributes
+    ----------
+    name
+        File name and LaTeX label.
+    title
+        A few words.
+    caption
+        Model, data, n and conventions, in sentences.
+    columns, rows
+        Rows are in the order shown; a rule separates blocks.
+    notes
+        One line each: ties, power, superseded cells.
+    banner
+        A line that must stand out, such as :data:`MINI_BANNER`.
+    """
+
+    name: str
+    title: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = field(default=())
+    banner: str = ""
+
+    def holes(self) -> list[str]:
+        """The reasons of the holes, each once, in the order met; a footnote number is a place here, from 1."""
+        return list(dict.fromkeys(entry.reason for row in self.rows for entry in row.entries if entry.reason))
+
+
+def word(text: object, link: str = "") -> Entry:
+    """An entry that is no number."""
+    return Entry(str(text), link=link)
+
+
+def hole(reason: str, link: str = "") -> Entry:
+    """An entry without a number, and why."""
+    return Entry(HOLE, reason=" ".join(reason.split()) or "not measured", link=link)
+
+
+def number(value: float | None, digits: int = 1, reason: str = "not measured", **more) -> Entry:
+    """A number with a fixed count of decimals; a hole if there is none."""
+    if value is None or not math.isfinite(value):
+        return hole(reason, more.get("link", ""))
+    text = f"{value:.{digits}f}"
+    return Entry("0" if digits == 0 and text == "-0" else text, float(value), **more)
+
+
+def significant(value: float | None, digits: int = 3, reason: str = "not measured", **more) -> Entry:
+    """A number with a fixed count of significant digits and no exponent; a hole if there is none."""
+    if value is None or not math.isfinite(value):
+        return hole(reason, more.get("link", ""))
+    if value == 0:
+        return Entry("0", 0.0, **more)
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return Entry(f"{value:.{decimals}f}", float(value), **more)
+
+
+def budget(keep: object) -> str:
+    """A budget in words: a count of visual tokens, a kept fraction, or "all"."""
+    if keep is None or keep != keep:
+        return "all"
+    if isinstance(keep, float) and 0 < keep <= 1:
+        return f"{100 * keep:g} %"
+    return f"{keep:g}" if isinstance(keep, (int, float)) else str(keep)
+
+
+def unit_scale(values: Sequence[float], units: Sequence[tuple[float, str]]) -> tuple[float, str]:
+    """The largest ``(factor, name)`` of ``units`` (descending) that leaves the largest value at 1 or more."""
+    finite = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    largest = max(finite, default=0.0)
+    return next(((factor, name) for factor, name in units if largest >= factor), units[-1])
+
+
+FLOPS_UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
+BYTES_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def mark(table: Table) -> Table:
+    """Mark the best and second-best number of each competing column, per block; equal texts share a mark."""
+    rows = [list(row.entries) for row in table.rows]
+    for index, column in enumerate(table.columns):
+        if not column.better:
+            continue
+        for block in {row.block for row in table.rows if row.block is not None}:
+            _mark_column(
+                [entries for entries, row in zip(rows, table.rows, strict=True) if row.block == block], index, column
+            )
+    marked = tuple(replace(row, entries=tuple(entries)) for row, entries in zip(table.rows, rows, strict=True))
+    return replace(table, rows=marked)
+
+
+def _mark_column(rows: list[list[Entry]], index: int, column: Column) -> None:
+    # By the printed text, not the value behind it: two rows that read the same must be marked the same.
+    texts = {float(entries[index].text) for entries in rows if entries[index].value is not None}
+    if len(rows) < 2 or len(texts) < 2:
+        return
+    ranked = sorted(texts, reverse=column.better == "higher")
+    for entries in rows:
+        entry = entries[index]
+        if entry.value is not None:
+            place = ranked.index(float(entry.text))
+            entries[index] = replace(entry, mark=("best", "second")[place] if place < 2 else "")
