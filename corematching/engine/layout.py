@@ -1,0 +1,143 @@
+"""Which tokens are in the sequence right now, and how to get from one sequence to a shorter one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from corematching.methods.base import Keep, Replace
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The current sequence of a left-padded batch, [B, n] throughout."""
+
+    source: Tensor
+    """Index in the original prompt (-1: padding, or no single origin)."""
+    visual_id: Tensor
+    """Original visual-token index; -1 for visual tokens without one, -2 for text and padding."""
+    positions: Tensor
+    """Position ids."""
+    valid: Tensor
+    """Bool: False on padding."""
+    lengths: list[int]
+    """Valid tokens per sample, on the host."""
+    visual_counts: list[int]
+    """Visual tokens per sample, on the host."""
+
+    @classmethod
+    def of_prompt(cls, input_ids: Tensor, valid: Tensor, positions: Tensor, image_token_id: int) -> Layout:
+        """Layout before any reduction; synchronises once to learn the counts."""
+        is_visual = (input_ids == image_token_id) & valid
+        index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        return cls(
+            source=index.masked_fill(~valid, -1),
+            visual_id=(is_visual.long().cumsum(1) - 1).masked_fill(~is_visual, -2),
+            positions=positions.expand_as(input_ids),
+            valid=valid,
+            lengths=valid.sum(1).tolist(),
+            visual_counts=is_visual.sum(1).tolist(),
+        )
+
+    @property
+    def padded(self) -> bool:
+        return any(length != self.valid.shape[1] for length in self.lengths)
+
+    @cached_property
+    def visual(self) -> Tensor:
+        """Long [B, V]: positions of visual tokens, ascending; padded slots repeat some position."""
+        return _last_true(self.visual_id > -2, max(self.visual_counts), from_front=True)
+
+    @cached_property
+    def visual_valid(self) -> Tensor:
+        """Bool [B, V]."""
+        counts = torch.tensor(self.visual_counts, device=self.valid.device)
+        return torch.arange(max(self.visual_counts), device=self.valid.device) < counts[:, None]
+
+    def keeps_everything(self, decision: Keep) -> bool:
+        """Whether a decision drops nothing (synchronises only if the method did not count)."""
+        return self._counts(decision) == self.visual_counts
+
+    def _counts(self, decision: Keep) -> list[int]:
+        if decision.counts is not None:
+            return decision.counts
+        return (decision.mask & self.visual_valid).sum(1).tolist()
+
+    def drop(self, decision: Keep, hidden: Tensor, renumber: bool) -> tuple[Layout, Tensor]:
+        """Apply a :class:`Keep`: the shorter layout and hidden states [B, n', d]."""
+        counts = self._counts(decision)
+        slot_kept = (decision.mask & self.visual_valid).to(torch.int8)
+        stays = self.valid.to(torch.int8)
+        # Padded slots point at some real position; adding 0 there leaves it alone.
+        stays = stays.scatter_add(1, self.visual, (slot_kept - 1) * self.visual_valid.to(torch.int8)) > 0
+        lengths = [
+            length - now + kept for length, now, kept in zip(self.lengths, self.visual_counts, counts, strict=True)
+        ]
+        index = _last_true(stays, max(lengths))
+        layout = self._take(index, lengths, counts)
+        if renumber:
+            layout = layout.renumbered()
+        return layout, hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _take(self, index: Tensor, lengths: list[int], visual_counts: list[int]) -> Layout:
+        width = index.shape[1]
+        valid = torch.arange(width, device=index.device) >= width - torch.tensor(lengths, device=index.device)[:, None]
+        return Layout(
+            source=self.source.gather(1, index).masked_fill(~valid, -1),
+            visual_id=self.visual_id.gather(1, index).masked_fill(~valid, -2),
+            positions=self.positions.gather(1, index),
+            valid=valid,
+            lengths=lengths,
+            visual_counts=visual_counts,
+        )
+
+    def renumbered(self) -> Layout:
+        """The same tokens with position ids 0..length-1."""
+        positions = (self.valid.long().cumsum(1) - 1).clamp(min=0)
+        return Layout(self.source, self.visual_id, positions, self.valid, self.lengths, self.visual_counts)
+
+    def replace(self, decision: Replace, hidden: Tensor, renumber: bool) -> tuple[Layout, Tensor]:
+        """Apply a :class:`Replace`: text tokens and the new visual tokens, ordered by the slots these take."""
+        new, origin = decision.hidden, decision.origin
+        slot = origin if decision.slot is None else decision.slot
+        batch, width = origin.shape
+        counts = [width] * batch if decision.counts is None else decision.counts
+        real = torch.arange(width, device=origin.device) < torch.tensor(counts, device=origin.device)[:, None]
+        place = self.visual.gather(1, slot.clamp(min=0))
+        known = origin >= 0
+        of_origin = self.visual.gather(1, origin.clamp(min=0))
+
+        is_text = self.valid & (self.visual_id == -2)
+        n = self.valid.shape[1]
+        stays = torch.cat([is_text, real], 1)
+        index = torch.arange(n, device=origin.device).expand(batch, n)
+        # Padding and dropped tokens sort to the front, where left padding lives; ties keep the method's order.
+        key = torch.cat([index, place], 1).masked_fill(~stays, -1)
+        lengths = [length - now + k for length, now, k in zip(self.lengths, self.visual_counts, counts, strict=True)]
+        order = key.argsort(dim=1, stable=True)[:, -max(lengths) :]
+        merged = Layout(
+            source=torch.cat([self.source, self.source.gather(1, of_origin).masked_fill(~known, -1)], 1),
+            visual_id=torch.cat([self.visual_id, self.visual_id.gather(1, of_origin).masked_fill(~known, -1)], 1),
+            positions=torch.cat([self.positions, self.positions.gather(1, place)], 1),
+            valid=stays,
+            lengths=lengths,
+            visual_counts=counts,
+        )
+        layout = merged._take(order, lengths, counts)
+        if renumber:
+            layout = layout.renumbered()
+        together = torch.cat([hidden, new.to(hidden.dtype)], 1)
+        return layout, together.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def _last_true(mask: Tensor, width: int, from_front: bool = False) -> Tensor:
+    """Indices [B, width] of the True entries, ascending; rows with fewer are filled with False entries' indices.
+
+    The filling stands before the True entries (as left padding does), or after them with ``from_front``.
+    """
+    key = (~mask if from_front else mask).to(torch.int8)
+    order = key.argsort(dim=1, stable=True)
+    return order[:, :width] if from_front else order[:, order.shape[1] - width :]

@@ -1,0 +1,222 @@
+"""Installing a method on a stock transformers model, and taking it off again without a trace."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from corematching.engine import llm
+from corematching.engine.ffn import build_ffn
+from corematching.engine.layout import Layout
+from corematching.engine.state import PromptState
+from corematching.engine.trace import Trace
+from corematching.engine.views import Prompt
+from corematching.engine.vision import TowerRun, image_decision, images_by_row, per_sample, run_tower, stages_of
+from corematching.errors import UserError
+from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Method, PredictNeurons
+from corematching.models.families import family_of
+
+
+@contextmanager
+def attach(method: Method, model: Any) -> Iterator[Trace]:
+    """Install ``method`` on ``model`` for the duration of the context.
+
+    Works under plain ``model(...)`` and ``model.generate(...)``: greedy, sampling, beam search, left-padded batches,
+    several images per prompt. On exit every replaced attribute and hook is removed. Not re-entrant: one method per
+    model at a time (use :func:`corematching.compose` to join two).
+
+    Raises
+    ------
+    UserError
+        If the method's parameters do not fit the model, or a method is installed already.
+    """
+    if getattr(model, "_corematching", None) is not None:
+        raise UserError(f"method {model._corematching.name!r} is installed already: join methods with compose()")
+    session = Session(method, model)
+    model._corematching = method
+    try:
+        session.install()
+        yield session.trace
+    finally:
+        session.remove()
+        del model._corematching
+
+
+class Session:
+    """One installed method: its stages by layer, the hooks that carry them out, and the trace."""
+
+    def __init__(self, method: Method, model: Any) -> None:
+        self.model = model
+        self.family = family_of(model.config)
+        self.geometry = self.family.geometry(model.config)
+        self.decoder: Any = self.family.decoder(model)
+        stages = list(method.stages(self.geometry))
+        self.blocks, self.output = stages_of(stages)
+        self.before = _by_layer(stages, BeforeLayer)
+        self.after = _by_layer(stages, AfterPrefill)
+        self.choose = _by_layer(stages, ChooseNeurons)
+        self.predict = _by_layer(stages, PredictNeurons)
+        self.build_ffn = build_ffn
+        self.trace = Trace()
+        self.states: WeakKeyDictionary[Any, PromptState] = WeakKeyDictionary()
+        self.active: PromptState | None = None
+        """The prompt being decoded right now; None during prefill."""
+        self.current: PromptState | None = None
+        """The prompt of the latest forward pass."""
+        self.activations: dict[int, Tensor] = {}
+        self.input_ids: Tensor | None = None
+        self.tower_run: TowerRun | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    # ------------------------------------------------------------------------------------------------ installation
+    def install(self) -> None:
+        base = self.family.base(self.model)
+        self._hook(base.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
+        self._hook(self.family.head(self.model).register_forward_pre_hook(self._note_head))
+        self._replace(self.decoder, "forward", self._decoder_forward)
+        if self.blocks is not None or self.output is not None:
+            self._replace(base, "get_image_features", self._image_features(base.get_image_features))
+        wanted = {stage.layer - 1 for stages in self.before.values() for stage in stages if stage.activations}
+        wanted |= {stage.layer for stages in self.after.values() for stage in stages if stage.activations}
+        wanted |= set(self.choose)
+        for index in sorted(wanted):
+            down = self.decoder.layers[index].mlp.down_proj
+            self._hook(down.register_forward_pre_hook(functools.partial(self._note_activations, index)))
+        for index in sorted({*self.choose, *self.predict}):
+            mlp = self.decoder.layers[index].mlp
+            self._replace(mlp, "forward", functools.partial(self._mlp_forward, index, mlp.forward))
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self.states.clear()
+        self.activations.clear()
+        self.tower_run = self.current = self.input_ids = None
+
+    def _hook(self, handle: Any) -> None:
+        self._undo.append(handle.remove)
+
+    def _replace(self, module: nn.Module, name: str, function: Callable) -> None:
+        """Shadow a method on one instance; undoing deletes the shadow (nothing else may have shadowed it before)."""
+        if name in vars(module):
+            raise UserError(f"{type(module).__name__}.{name} is already replaced by something else on this model")
+        object.__setattr__(module, name, function)
+        self._undo.append(lambda: object.__delattr__(module, name))
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+    def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.input_ids = kwargs.get("input_ids", args[0] if args else None)
+
+    def _note_head(self, module: nn.Module, args: tuple) -> None:
+        if self.current is not None:
+            self.current.head_positions += args[0].shape[1]
+
+    def _note_activations(self, index: int, module: nn.Module, args: tuple) -> None:
+        if self.active is None:
+            self.activations[index] = args[0]
+
+    def _mlp_forward(self, index: int, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.active is None:
+            return dense(x)
+        for stage in self.predict[index]:
+            chosen = stage.predict(x).index
+            self.active.neurons[index] = chosen
+            return self.build_ffn(self.decoder.layers[index].mlp, chosen)(x)
+        ffn = self.active.ffn.get(index)
+        return dense(x) if ffn is None else ffn(x)
+
+    def _decoder_forward(self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any) -> Any:
+        if args or inputs_embeds is None:
+            raise UserError("the text decoder alone cannot run while a method is installed: call the whole model")
+        kwargs.pop("input_ids", None)
+        return llm.forward(self, inputs_embeds, **kwargs)
+
+    def _image_features(self, stock: Callable) -> Callable:
+        """Run the tower ourselves; the stock model gets blank features to scatter, which never enter a layer."""
+
+        @functools.wraps(stock)
+        def features(pixel_values: Tensor, **kwargs: Any) -> Any:
+            self.tower_run = run_tower(self.model, self.family, pixel_values, self.blocks)
+            rows, columns = self.tower_run.grid
+            width = self.model.config.text_config.hidden_size
+            blank = pixel_values.new_zeros(rows * columns, width, dtype=self.model.dtype)
+            return BaseModelOutputWithPooling(pooler_output=[blank] * pixel_values.shape[0])  # type: ignore[arg-type]
+
+        return features
+
+    # ----------------------------------------------------------------------------------------------------- prefill
+    def begin(
+        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Any
+    ) -> tuple[PromptState, Prompt]:
+        """Open the state of a new prompt."""
+        ids = self.input_ids
+        if ids is None or ids.shape != embeds.shape[:2]:
+            raise UserError("pass input_ids (not inputs_embeds): visual tokens are found by their image token id")
+        valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        layout = Layout.of_prompt(ids, valid, position_ids, self.family.image_token_id(self.model.config))
+        images = [count // self.geometry.image_tokens for count in layout.visual_counts]
+        state = PromptState(layout, images, seen=embeds.shape[1])
+        text = self.model.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        state.kv_row_bytes = 2 * text.num_key_value_heads * head_dim * embeds.element_size()
+        depth, patches = (
+            self.geometry.vision_depth,
+            self.geometry.image_tokens + int(self.family.has_cls(self.model.config)),
+        )
+        state.vision_tokens = state.vision_mlp_tokens = [sum(images) * patches] * depth
+        state.projected_tokens = sum(layout.visual_counts)
+        if cache is not None:
+            self.states[cache] = state
+        self.current = state
+        self.activations.clear()
+        self.trace.defer(state.samples)
+        prompt = Prompt(
+            ids,
+            embeds,
+            layout.visual_id > -2,
+            valid,
+            list(layout.visual_counts),
+            self.family.grid(self.model.config),
+        )
+        return state, prompt
+
+    def vision_tokens(
+        self, state: PromptState, prompt: Prompt, hidden: Tensor, layout: Layout
+    ) -> tuple[Tensor, Layout]:
+        """Put the reduced (or, if nothing was reduced, all) vision features into the sequence."""
+        if (self.blocks is None and self.output is None) or sum(state.images) == 0:
+            return hidden, layout
+        run = self.tower_run
+        if run is None:
+            raise UserError("vision-side methods need pixel_values to pass through the installed model")
+        run.prompt = prompt
+        run.ledger = state.ledger
+        total = run.states[0].shape[0]
+        state.vision_tokens = [tokens * sum(state.images) // total for tokens in run.attention_tokens]
+        state.vision_mlp_tokens = [tokens * sum(state.images) // total for tokens in run.mlp_tokens]
+        decision = image_decision(run, self.output)
+        if decision is None:
+            rows = torch.tensor([i for own in images_by_row(state.images, total) for i in own], device=hidden.device)
+            features = run.project(run.features)[rows]
+            return hidden.masked_scatter(prompt.visual_mask[..., None], features.to(hidden.dtype)), layout
+        renumber = self.output.renumber if self.output is not None else self.blocks.renumber  # type: ignore[union-attr]
+        replaced = per_sample(decision, state.images, self.geometry.image_tokens, layout)
+        state.projected_tokens = sum(replaced.counts or [])
+        layout, hidden = layout.replace(replaced, hidden, renumber)
+        return hidden, layout
+
+
+def _by_layer(stages: list[Any], kind: type) -> defaultdict[int, list[Any]]:
+    grouped: defaultdict[int, list[Any]] = defaultdict(list)
+    for stage in stages:
+        if isinstance(stage, kind):
+            grouped[stage.layer].append(stage)
+    return grouped

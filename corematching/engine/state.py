@@ -1,0 +1,99 @@
+"""What outlives a prefill: per-layer facts that decode needs, and the record the trace is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corematching.engine.layout import Layout
+from corematching.engine.trace import SampleTrace
+from corematching.engine.views import Ledger
+
+
+@dataclass
+class PromptState:
+    """One prefill and the decoding that follows it; lives as long as its KV cache."""
+
+    prompt: Layout
+    """The sequence before any reduction."""
+    images: list[int]
+    ledger: Ledger = field(default_factory=Ledger)
+    layouts: list[Layout] = field(default_factory=list)
+    """Per layer: the sequence that entered it."""
+    kv_valid: list[Tensor | None] = field(default_factory=list)
+    """Per layer: bool [B, kv] of the prompt's KV rows; None when all are valid."""
+    kv_lengths: list[list[int]] = field(default_factory=list)
+    """Per layer and sample: KV rows after prefill."""
+    shifts: list[Tensor | None] = field(default_factory=list)
+    """Per layer: long [B, 1], how far decode positions lie below the original ones; None = 0."""
+    neurons: dict[int, Tensor] = field(default_factory=dict)
+    """Per layer: chosen FFN neurons [B, k]."""
+    ffn: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    seen: int = 0
+    """Logical tokens so far: the padded prompt and every decoded token."""
+    decode_steps: int = 0
+    head_positions: int = 0
+    zeroed_kv: int = 0
+    vision_tokens: list[int] = field(default_factory=list)
+    vision_mlp_tokens: list[int] = field(default_factory=list)
+    projected_tokens: int = 0
+    kv_row_bytes: int = 0
+    """Bytes of one token's keys and values in one layer."""
+    guide_flops: float = 0.0
+
+    def enter(self, layout: Layout) -> None:
+        """Note the sequence that enters the next layer; its KV rows follow from it."""
+        self.layouts.append(layout)
+        self.kv_valid.append(layout.valid if layout.padded else None)
+        self.kv_lengths.append(list(layout.lengths))
+        self.shifts.append(None if layout is self.prompt else self._shift(layout))
+
+    def _shift(self, layout: Layout) -> Tensor | None:
+        if len(self.layouts) > 1 and self.layouts[-2] is layout:
+            return self.shifts[-1]
+        return self.prompt.positions[:, -1:] - layout.positions[:, -1:]
+
+    def samples(self) -> list[SampleTrace]:
+        """One trace entry per batch row."""
+        rows = len(self.prompt.lengths)
+        ids = [layout.visual_id.cpu() for layout in _unique(self.layouts)]
+        index = {id(layout): ids[i] for i, layout in enumerate(_unique(self.layouts))}
+        neurons = {layer: chosen.cpu() for layer, chosen in self.neurons.items()}
+        modes = {getattr(ffn, "mode", "sliced") for ffn in self.ffn.values()}
+        return [self._sample(row, rows, index, neurons, modes) for row in range(rows)]
+
+    def _sample(self, row: int, rows: int, ids: dict, neurons: dict, modes: set[str]) -> SampleTrace:
+        entering: dict[int, Tensor] = {}
+        for layout in _unique(self.layouts):
+            own = ids[id(layout)][row]
+            entering[id(layout)] = own[own > -2].sort().values.to(torch.int32)
+        total_images = max(sum(self.images), 1)
+        share = self.images[row] / total_images
+        return SampleTrace(
+            prompt_tokens=self.prompt.lengths[row],
+            image_tokens=self.prompt.visual_counts[row],
+            images=self.images[row],
+            visual_tokens=[entering[id(layout)] for layout in self.layouts],
+            llm_tokens=[layout.lengths[row] for layout in self.layouts],
+            kv_lengths=[lengths[row] for lengths in self.kv_lengths],
+            kv_bytes=sum(lengths[row] for lengths in self.kv_lengths) * self.kv_row_bytes,
+            dense_kv_bytes=self.prompt.lengths[row] * len(self.layouts) * self.kv_row_bytes,
+            neurons=[neurons[layer][row] if layer in neurons else None for layer in range(len(self.layouts))],
+            ffn_mode="dense" if not modes else "masked" if "masked" in modes else "sliced",
+            vision_tokens=[round(tokens * share) for tokens in self.vision_tokens],
+            vision_mlp_tokens=[round(tokens * share) for tokens in self.vision_mlp_tokens],
+            projected_tokens=round(self.projected_tokens * share),
+            head_positions=self.head_positions,
+            decode_steps=self.decode_steps,
+            overhead_flops=self.ledger.flops,
+            zeroed_kv=self.zeroed_kv // rows,
+            guide_flops=self.guide_flops / rows,
+        )
+
+
+def _unique(layouts: list[Layout]) -> list[Any]:
+    return list({id(layout): layout for layout in layouts}.values())

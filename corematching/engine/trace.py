@@ -1,0 +1,97 @@
+"""What really ran, per sample: the single source of FLOPs, bytes and "average retained tokens"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class SampleTrace:
+    """One prompt's way through the model. Layers are 0-based; token counts exclude padding."""
+
+    prompt_tokens: int
+    """Tokens of the prompt before any reduction, visual tokens included."""
+    image_tokens: int
+    """Visual tokens before any reduction."""
+    images: int
+    """Images in the prompt."""
+    visual_tokens: list[Tensor]
+    """Per layer: original visual-token indices entering it, ascending; merged tokens by representative, -1 = none."""
+    llm_tokens: list[int]
+    """Per layer: tokens entering it in prefill."""
+    kv_lengths: list[int]
+    """Per layer: KV cache length after prefill."""
+    kv_bytes: int
+    """Bytes of the KV cache after prefill."""
+    dense_kv_bytes: int
+    """Bytes the KV cache would have without reduction."""
+    neurons: list[Tensor | None]
+    """Per layer: FFN neurons computed in decode (None = all)."""
+    ffn_mode: str
+    """How decode computes FFNs: "dense", "sliced" (only chosen neurons are computed) or "masked" (a batch whose
+    samples chose differently: same numbers, nothing saved)."""
+    vision_tokens: list[int]
+    """Per tower layer: tokens entering its attention, all images together ([CLS] included)."""
+    vision_mlp_tokens: list[int]
+    """Per tower layer: tokens entering its MLP (differs when tokens merge in between)."""
+    projected_tokens: int
+    """Tokens that went through the projector."""
+    head_positions: int = 0
+    """Positions for which logits were computed."""
+    decode_steps: int = 0
+    """Decoder passes after prefill, one token each."""
+    overhead_flops: float = 0.0
+    """What the method's own scoring cost (2 per multiply-add)."""
+    zeroed_kv: int = 0
+    """KV rows overwritten with zeros, all layers together (published-code variant; saves nothing)."""
+    guide_flops: float = 0.0
+    """What a guide model cost (2 per multiply-add)."""
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens produced: one from prefill, one per decode step."""
+        return self.decode_steps + 1
+
+    @property
+    def average_visual_tokens(self) -> float:
+        """Visual tokens per layer, averaged over the layers."""
+        return sum(len(layer) for layer in self.visual_tokens) / len(self.visual_tokens)
+
+    @property
+    def average_neurons(self) -> float | None:
+        """FFN neurons per layer in decode, averaged over layers that chose; None if none did."""
+        chosen = [len(layer) for layer in self.neurons if layer is not None]
+        return sum(chosen) / len(chosen) if chosen else None
+
+
+@dataclass
+class Trace:
+    """The prompts run under one installed method, in order.
+
+    Samples are kept as device tensors during the run and turned into :class:`SampleTrace` when read, so that tracing
+    adds no synchronisation to the forward pass.
+    """
+
+    _pending: list[Callable[[], list[SampleTrace]]] = field(default_factory=list, repr=False)
+    _samples: list[SampleTrace] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[SampleTrace]:
+        """One entry per prompt (per beam when beam search expands them)."""
+        for build in self._pending:
+            self._samples.extend(build())
+        self._pending.clear()
+        return self._samples
+
+    def drain(self) -> list[SampleTrace]:
+        """Hand out the samples so far and forget them."""
+        samples = self.samples
+        self._samples = []
+        return samples
+
+    def defer(self, build: Callable[[], list[SampleTrace]]) -> None:
+        """Add prompts whose entries are built on first read (called by the engine)."""
+        self._pending.append(build)

@@ -1,0 +1,208 @@
+"""The signals handed to methods; each is computed only when asked for, and its cost is booked as method overhead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.engine.layout import Layout
+
+
+@dataclass
+class Ledger:
+    """Overhead of one prefill, in FLOPs per batch row."""
+
+    flops: float = 0.0
+
+
+@dataclass
+class Prompt:
+    """See :class:`corematching.methods.base.PromptView`."""
+
+    input_ids: Tensor
+    embeds: Tensor
+    visual_mask: Tensor
+    valid: Tensor
+    image_counts: list[int]
+    grid: tuple[int, int]
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of [B, H, R, hd] with cos and sin [B, R, hd] (half-split convention)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def heads_of(projected: Tensor, head_dim: int) -> Tensor:
+    """[B, n, H * hd] -> [B, H, n, hd]."""
+    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+@dataclass
+class AttentionSignals:
+    """Recomputes query rows (and, without a cache, keys) of one decoder layer from that layer's own input."""
+
+    block: nn.Module
+    hidden: Tensor
+    layout: Layout
+    rotary: nn.Module
+    ledger: Ledger
+    cached_keys: Tensor | None = None
+    _normed: Tensor | None = field(default=None, init=False)
+
+    @property
+    def attn(self) -> Any:
+        return self.block.self_attn
+
+    def _project(self, linear: nn.Module, hidden: Tensor) -> Tensor:
+        self.ledger.flops += 2 * hidden.shape[1] * linear.weight.numel()  # type: ignore[operator,union-attr]
+        return heads_of(linear(self.block.input_layernorm(hidden)), self.attn.head_dim)  # type: ignore[operator]
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """[B, H, R, hd] for rows [B, R]."""
+        hidden = self.hidden.gather(1, rows[..., None].expand(-1, -1, self.hidden.shape[-1]))
+        cos, sin = self.rotary(hidden, position_ids=self.layout.positions.gather(1, rows))
+        return rotate(self._project(self.attn.q_proj, hidden), cos, sin)
+
+    def keys(self) -> Tensor:
+        """[B, H, n, hd], repeated to the query heads."""
+        keys = self.cached_keys
+        if keys is None:
+            cos, sin = self.rotary(self.hidden, position_ids=self.layout.positions)
+            keys = rotate(self._project(self.attn.k_proj, self.hidden), cos, sin)
+        return keys.repeat_interleave(self.attn.num_key_value_groups, dim=1)
+
+    def last_row(self) -> Tensor:
+        """Long [B, 1]: the last position (prompts are left-padded)."""
+        batch, length = self.layout.valid.shape
+        return torch.full((batch, 1), length - 1, device=self.hidden.device, dtype=torch.long)
+
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """[B, H, R, n], softmax in float32 over valid positions up to each row."""
+        queries, keys = self.queries(rows), self.keys()
+        self.ledger.flops += 2 * queries.shape[1] * rows.shape[1] * keys.shape[2] * keys.shape[3]
+        logits = (queries @ keys.transpose(2, 3)).float() * self.attn.scaling
+        index = torch.arange(keys.shape[2], device=rows.device)
+        visible = (index <= rows[..., None]) & self.layout.valid[:, None]
+        return logits.masked_fill(~visible[:, None], torch.finfo(logits.dtype).min).softmax(-1)
+
+
+@dataclass
+class LayerSignals:
+    """See :class:`corematching.methods.base.LayerView`."""
+
+    layer: int
+    prompt: Prompt
+    hidden: Tensor
+    layout: Layout
+    ledger: Ledger
+    _attention: dict[int, AttentionSignals]
+    _activations: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        return self.layout.valid
+
+    @property
+    def visual(self) -> Tensor:
+        return self.layout.visual
+
+    @property
+    def visual_valid(self) -> Tensor:
+        return self.layout.visual_valid
+
+    @property
+    def visual_counts(self) -> list[int]:
+        return self.layout.visual_counts
+
+    @property
+    def origin(self) -> Tensor:
+        return self.layout.visual_id.gather(1, self.layout.visual)
+
+    @property
+    def source(self) -> Tensor:
+        return self.layout.source
+
+    def _signals(self, layer: int) -> AttentionSignals:
+        if layer not in self._attention:
+            raise ValueError(f"attention of layer {layer} is not known at the input of layer {self.layer}")
+        return self._attention[layer]
+
+    def attention(self, layer: int, rows: Tensor | None = None) -> Tensor:
+        signals = self._signals(layer)
+        return signals.probabilities(signals.last_row() if rows is None else rows)
+
+    def queries_keys(self, layer: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        signals = self._signals(layer)
+        return signals.queries(signals.last_row() if rows is None else rows), signals.keys()
+
+    def activations(self) -> Tensor:
+        if self._activations is None:
+            raise ValueError("this stage did not ask for activations: declare BeforeLayer(..., activations=True)")
+        return self._activations
+
+    def gather(self, values: Tensor) -> Tensor:
+        index = self.layout.visual
+        if values.dim() == 2:
+            return values.gather(1, index)
+        return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+    def spend(self, flops: float) -> None:
+        self.ledger.flops += flops
+
+
+@dataclass
+class KVSignals:
+    """See :class:`corematching.methods.base.KVView`."""
+
+    layer: int
+    keys: Tensor
+    values: Tensor
+    layout: Layout
+    prompt: Prompt
+    ledger: Ledger
+    _attention: AttentionSignals
+    _activations: Tensor | None = None
+
+    @property
+    def valid(self) -> Tensor:
+        return self.layout.valid
+
+    @property
+    def visual_mask(self) -> Tensor:
+        return self.layout.visual_id > -2
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.layout.lengths
+
+    @property
+    def source(self) -> Tensor:
+        return self.layout.source
+
+    def queries(self, rows: Tensor) -> Tensor:
+        return self._attention.queries(rows.expand(self.layout.valid.shape[0], -1))
+
+    def activations(self) -> Tensor:
+        if self._activations is None:
+            raise ValueError("this stage did not ask for activations: declare AfterPrefill(..., activations=True)")
+        return self._activations
+
+    def spend(self, flops: float) -> None:
+        self.ledger.flops += flops
+
+
+@dataclass
+class FFNSignals:
+    """See :class:`corematching.methods.base.FFNView`."""
+
+    layer: int
+    activations: Tensor
+    valid: Tensor
+    ledger: Ledger
+
+    def spend(self, flops: float) -> None:
+        self.ledger.flops += flops

@@ -1,0 +1,231 @@
+"""The vision tower, run block by block when a method acts inside it or at its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.engine.layout import Layout
+from corematching.engine.views import Ledger, Prompt
+from corematching.errors import UserError
+from corematching.methods.base import Replace, VisionBlocks, VisionOutput
+from corematching.models.families import Family
+
+
+@dataclass
+class Block:
+    """See :class:`corematching.methods.base.BlockView`."""
+
+    layer: int
+    hidden: Tensor
+    keys: Tensor
+    sizes: Tensor
+    origin: Tensor
+
+
+@dataclass
+class TowerRun:
+    """One pass of the tower over N images, with what later stages may ask about it.
+
+    Also the :class:`corematching.methods.base.VisionView` handed to a :class:`VisionOutput` stage.
+    """
+
+    tower: nn.Module
+    projector: nn.Module
+    states: list[Tensor]
+    """hidden_states as transformers counts them: input of layer 0, then the output of every layer."""
+    origin: Tensor
+    """Long [N, T]: tower position of each token at the feature layer ([CLS] is 0)."""
+    feature_index: int
+    skip_cls: bool
+    grid: tuple[int, int]
+    attention_tokens: list[int]
+    mlp_tokens: list[int]
+    ledger: Ledger = field(default_factory=Ledger)
+    prompt: Prompt | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether tokens merged on the way to the feature layer."""
+        return self.states[self.feature_index].shape[1] != self.states[0].shape[1]
+
+    @property
+    def features(self) -> Tensor:
+        return self.states[self.feature_index][:, int(self.skip_cls) :]
+
+    @property
+    def cls(self) -> Tensor:
+        return self.states[self.feature_index][:, 0]
+
+    def hidden(self, index: int) -> Tensor:
+        return self.states[index]
+
+    def _layer(self, layer: int) -> tuple[Any, Tensor]:
+        layers: Any = self.tower.encoder.layers  # type: ignore[union-attr]
+        layer %= len(layers)
+        return layers[layer], layers[layer].layer_norm1(self.states[layer])
+
+    def projections(self, layer: int) -> tuple[Tensor, Tensor]:
+        block, normed = self._layer(layer)
+        attn = block.self_attn
+        self.spend(4 * normed.shape[1] * attn.q_proj.weight.numel())
+        return attn.q_proj(normed), attn.k_proj(normed)
+
+    def cls_attention(self, layer: int) -> Tensor:
+        block, normed = self._layer(layer)
+        attn = block.self_attn
+        self.spend(2 * (normed.shape[1] + 1) * attn.q_proj.weight.numel() + 2 * normed.shape[1] * normed.shape[2])
+        query = attn.q_proj(normed[:, :1]).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+        keys = attn.k_proj(normed).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+        return ((query @ keys.transpose(2, 3)).float() * attn.scale).softmax(-1)[:, :, 0, 1:]
+
+    def project(self, features: Tensor) -> Tensor:
+        return self.projector(features)
+
+    def spend(self, flops: float) -> None:
+        self.ledger.flops += flops
+
+
+def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks | None) -> TowerRun:
+    """Run the tower over ``pixels`` [N, 3, h, w], merging between attention and MLP where ``blocks`` says so."""
+    tower: Any = family.tower(model)
+    config = model.config
+    if not isinstance(config.vision_feature_layer, int):
+        raise UserError(
+            f"vision_feature_layer={config.vision_feature_layer} is not supported by vision-side methods: "
+            "valid is one layer (an int)"
+        )
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    states, attention_tokens, mlp_tokens = [hidden], [], []
+    sizes = torch.ones_like(hidden[..., :1])
+    origin = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+    origins = [origin]
+    for index, layer in enumerate(tower.encoder.layers):
+        attention_tokens.append(hidden.shape[0] * hidden.shape[1])
+        if blocks is None:
+            hidden = layer(hidden, None)
+        else:
+            hidden, sizes, origin = _merging_block(layer, index, hidden, sizes, origin, blocks, states[0].shape[1])
+        mlp_tokens.append(hidden.shape[0] * hidden.shape[1])
+        states.append(hidden)
+        origins.append(origin)
+    feature_index = config.vision_feature_layer % len(states)
+    return TowerRun(
+        tower=tower,
+        projector=family.projector(model),
+        states=states,
+        origin=origins[feature_index],
+        feature_index=feature_index,
+        skip_cls=family.has_cls(config),
+        grid=family.grid(config),
+        attention_tokens=attention_tokens,
+        mlp_tokens=mlp_tokens,
+    )
+
+
+def _merging_block(
+    layer: Any, index: int, hidden: Tensor, sizes: Tensor, origin: Tensor, blocks: VisionBlocks, patches: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One tower block with merging between the attention residual and the MLP (ToMe, section 3)."""
+    attn = layer.self_attn
+    # All sizes are 1 in the first block: no bias then, so that merging nothing stays the dense computation.
+    bias = sizes.log().transpose(1, 2)[:, None] if blocks.weigh_attention and sizes.shape[1] < patches else None
+    captured: list[Tensor] = []
+    handle = attn.k_proj.register_forward_hook(lambda module, inputs, output: captured.append(output))
+    try:
+        attended, _ = attn(hidden_states=layer.layer_norm1(hidden), attention_mask=bias)
+    finally:
+        handle.remove()
+    hidden = hidden + attended
+    keys = captured[0].unflatten(-1, (-1, attn.head_dim))
+    merge = blocks.merge(Block(index, hidden, keys, sizes, origin))
+    if merge is not None:
+        hidden, sizes, origin = merge.hidden, merge.sizes, merge.origin
+    return hidden + layer.mlp(layer.layer_norm2(hidden)), sizes, origin
+
+
+def image_decision(run: TowerRun, stage: VisionOutput | None) -> Replace | None:
+    """What the tower's output becomes: per-image LLM tokens, or None when nothing was reduced.
+
+    Returns
+    -------
+    Replace with ``hidden`` [N, K, d] (projected), ``origin`` and ``slot`` counting patches of the image.
+    """
+    skip = int(run.skip_cls)
+    if stage is None:
+        if not run.merged:
+            return None
+        origin = run.origin[:, skip:] - skip
+        return Replace(run.project(run.features), origin, slot=torch.zeros_like(origin))
+    decision = stage.select(run)
+    if decision is None:
+        return None
+    if isinstance(decision, Replace):
+        return Replace(run.project(decision.hidden), decision.origin, decision.slot, decision.counts)
+    counts = decision.counts if decision.counts is not None else decision.mask.sum(1).tolist()
+    if min(counts) == decision.mask.shape[1]:
+        return None
+    # Kept patches first, ascending; rows with fewer are padded at the end.
+    index = (~decision.mask).to(torch.int8).argsort(dim=1, stable=True)[:, : max(counts)]
+    chosen = run.features.gather(1, index[..., None].expand(-1, -1, run.features.shape[-1]))
+    return Replace(run.project(chosen), index, counts=counts)
+
+
+def images_by_row(images: list[int], total: int) -> list[range]:
+    """Which of ``total`` images belong to each batch row; consecutive rows share images when beams were expanded.
+
+    Parameters
+    ----------
+    images
+        Images of each batch row.
+    """
+    beams = max(1, sum(images) // max(total, 1))
+    rows, first = [], 0
+    for sample in range(0, len(images), beams):
+        rows += [range(first, first + images[sample])] * beams
+        first += images[sample]
+    return rows
+
+
+def per_sample(decision: Replace, images: list[int], image_tokens: int, layout: Layout) -> Replace:
+    """Turn per-image tokens into per-sample ones; samples may hold several images, beams repeat their sample's.
+
+    Parameters
+    ----------
+    images
+        Images of each batch row.
+    image_tokens
+        Visual tokens of one image before reduction.
+    """
+    counts = decision.counts or [decision.origin.shape[1]] * decision.origin.shape[0]
+    slot = decision.origin if decision.slot is None else decision.slot
+    rows = []
+    for own in images_by_row(images, decision.origin.shape[0]):
+        hidden = [decision.hidden[i, : counts[i]] for i in own]
+        origin = [decision.origin[i, : counts[i]] for i in own]
+        origin = [torch.where(part < 0, -1, part + k * image_tokens) for k, part in enumerate(origin)]
+        slots = [slot[i, : counts[i]].clamp(min=0) + k * image_tokens for k, i in enumerate(own)]
+        rows.append((hidden, origin, slots))
+    width = max(sum(len(part) for part in origin) for _, origin, _ in rows)
+    new = decision.hidden.new_zeros(len(rows), width, decision.hidden.shape[-1])
+    new_origin = layout.source.new_full((len(rows), width), -1)
+    new_slot = torch.zeros_like(new_origin)
+    kept = []
+    for row, (hidden, origin, slots) in enumerate(rows):
+        kept.append(sum(len(part) for part in origin))
+        if kept[-1]:
+            new[row, : kept[-1]] = torch.cat(hidden)
+            new_origin[row, : kept[-1]] = torch.cat(origin)
+            new_slot[row, : kept[-1]] = torch.cat(slots)
+    return Replace(new, new_origin, new_slot, kept)
+
+
+def stages_of(stages: Sequence[object]) -> tuple[VisionBlocks | None, VisionOutput | None]:
+    """The vision stages among a method's stages, at most one of each kind."""
+    blocks = [stage for stage in stages if isinstance(stage, VisionBlocks)]
+    outputs = [stage for stage in stages if isinstance(stage, VisionOutput)]
+    return (blocks[0] if blocks else None), (outputs[0] if outputs else None)

@@ -1,0 +1,80 @@
+"""Core neurons and core tokens as pure tensor functions (CoreMatching, arXiv 2505.19235, section 3).
+
+An FFN activation of a token is ``a = act(x W_gate) * (x W_up)``; a neuron is activated when its entry is positive.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_core_neurons(activations: Tensor, rho: float) -> Tensor:
+    """Token-wise core neurons: activations within the top ``rho`` of the token's positive ones.
+
+    A token with P positive activations keeps the max(1, floor(rho * P)) largest; activations equal to the smallest
+    kept one are kept too.
+
+    Parameters
+    ----------
+    activations
+        [..., I].
+    rho
+        Fraction in (0, 1].
+
+    Returns
+    -------
+    Bool [..., I].
+    """
+    positive = activations > 0
+    total = positive.sum(-1, keepdim=True)
+    # The small constant keeps 0.2 * 35 = 7.000000000000001-type products and their 6.99... twins on the intended side.
+    wanted = (total.double() * rho + 1e-9).floor().long().clamp(min=1)
+    wanted = wanted.minimum(total.clamp(min=1))
+    most = max(1, min(activations.shape[-1], int(activations.shape[-1] * rho + 1e-9)))
+    largest = activations.topk(most, dim=-1).values
+    threshold = largest.gather(-1, wanted - 1)
+    return positive & (activations >= threshold)
+
+
+def sentence_core_neurons(token_core: Tensor, valid: Tensor, count: int) -> Tensor:
+    """Sentence-wise core neurons: the ``count`` neurons that most tokens hold as core; ties go to the lower index.
+
+    Parameters
+    ----------
+    token_core
+        Bool [B, n, I].
+    valid
+        Bool [B, n].
+
+    Returns
+    -------
+    Long [B, count], ascending.
+    """
+    votes = (token_core & valid[..., None]).sum(1)
+    order = votes.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return order.sort(dim=-1).values
+
+
+def match_counts(activations: Tensor, core: Tensor) -> Tensor:
+    """How many of the sentence's core neurons each token activates.
+
+    Parameters
+    ----------
+    activations
+        [B, V, I].
+    core
+        Long [B, k].
+
+    Returns
+    -------
+    [B, V], exact integers in float32.
+    """
+    held = torch.zeros(activations.shape[0], activations.shape[-1], 1, device=activations.device)
+    held.scatter_(1, core[..., None], 1.0)
+    return ((activations > 0).float() @ held)[..., 0]
+
+
+def coactivation_counts(activations: Tensor, reference: Tensor) -> Tensor:
+    """How many neurons each token activates together with a reference token: [B, V, I], [B, I] -> [B, V]."""
+    return ((activations > 0).float() @ (reference > 0).float()[..., None])[..., 0]

@@ -1,0 +1,117 @@
+"""The token half of CoreMatching: visual tokens that activate the sentence's core neurons stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from corematching.methods.base import (
+    BeforeLayer,
+    Budget,
+    Geometry,
+    Keep,
+    LayerView,
+    Method,
+    Stage,
+    check_budget,
+    check_choice,
+    check_count,
+    place,
+)
+from corematching.methods.core import (
+    coactivation_counts,
+    match_counts,
+    sentence_core_neurons,
+    token_core_neurons,
+)
+from corematching.methods.selection import elbow_keep, keep_top
+
+SCORES = ("core", "last", "cosine", "attention")
+THRESHOLDS = ("elbow", "keep")
+
+
+@dataclass(frozen=True)
+class CoreTokens(Method):
+    """Core tokens (CoreMatching, arXiv 2505.19235).
+
+    At the FFN of layer ``layer - 1``: score every visual token by how many of the sentence's core neurons it activates
+    and keep those above the elbow of the sorted scores. The others leave at the input of ``layer``. All tokens that
+    entered the layer, text and visual, vote for the sentence's core neurons. Position ids stay the original ones.
+
+    Differences from the published code: tokens really leave (the release zeroes KV rows instead, see
+    ``corematching_release``) and the score is the paper's (the release counts neurons activated together with the
+    token five before the end: ``score="last"`` with ``reference=-5``).
+
+    Parameters
+    ----------
+    layer
+        Tokens leave at the input of this decoder layer.
+    rho, beta
+        Share of a token's positive activations that makes its core neurons; share of the FFN width that makes the
+        sentence's.
+    score
+        "core": matches with the sentence's core neurons. "last": neurons activated together with the reference
+        token. "cosine": cosine of activations with the reference token's. "attention": attention of the reference
+        token, mean over heads.
+    threshold
+        "elbow": adaptive, the count follows from the curve. "keep": the top ``keep`` tokens.
+    keep
+        Budget used by threshold="keep" (count or fraction).
+    reference
+        Prompt position of the reference token, counted from the end (-1 = last).
+    depth_fraction
+        Gives ``layer`` as a fraction of the model's depth instead.
+    """
+
+    layer: int
+    rho: float
+    beta: float
+    score: str
+    threshold: str
+    keep: Budget | None
+    reference: int
+    depth_fraction: float | None
+    acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
+
+    def __post_init__(self) -> None:
+        check_budget("rho", self.rho, fraction_only=True)
+        check_budget("beta", self.beta, fraction_only=True)
+        check_choice("score", self.score, SCORES)
+        check_choice("threshold", self.threshold, THRESHOLDS)
+        if self.threshold == "keep" or self.keep is not None:
+            check_budget("keep", self.keep)
+
+    def stages(self, geometry: Geometry) -> list[Stage]:
+        if self.keep is not None:
+            check_count("keep", self.keep, geometry.image_tokens)
+        layer = place(self.layer, self.depth_fraction, geometry.depth, first=1)
+        return [BeforeLayer(layer, self.select, activations=self.score != "attention")]
+
+    def select(self, view: LayerView) -> Keep:
+        scores = self.scores(view)
+        if self.threshold == "elbow":
+            return Keep(elbow_keep(scores, view.visual_valid))
+        assert self.keep is not None
+        return keep_top(scores, self.keep, view.visual_valid, view.visual_counts)
+
+    def scores(self, view: LayerView) -> Tensor:
+        """[B, V], higher = keep."""
+        if self.score == "attention":
+            rows = torch.full_like(view.visual[:, :1], view.hidden.shape[1] + self.reference)
+            return view.gather(view.attention(view.layer - 1, rows).mean(1)[:, 0])
+        activations = view.activations()
+        visual = view.gather(activations)
+        view.spend(2 * visual.shape[1] * visual.shape[2])
+        reference = activations[:, self.reference]
+        if self.score == "last":
+            return coactivation_counts(visual, reference)
+        if self.score == "cosine":
+            return cosine_similarity(visual.float(), reference[:, None].float(), dim=-1)
+        view.spend(2 * activations.shape[1] * activations.shape[2])
+        count = max(1, int(activations.shape[2] * self.beta + 1e-9))
+        core = sentence_core_neurons(token_core_neurons(activations, self.rho), view.valid, count)
+        return match_counts(visual, core)

@@ -1,0 +1,85 @@
+"""Selection primitives shared by the methods: pure tensor functions, higher score = keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corematching.methods.base import Budget, Keep, count_of
+
+
+def keep_top(scores: Tensor, keep: Budget, valid: Tensor, counts: list[int], totals: list[int] | None = None) -> Keep:
+    """Keep the highest-scoring tokens of every sample.
+
+    Parameters
+    ----------
+    scores
+        [B, V], higher = keep. Ties go to the lower index.
+    keep
+        Budget: a count, or a fraction of ``totals``.
+    valid
+        Bool [B, V]: False on padded slots.
+    counts
+        Tokens per sample now.
+    totals
+        Tokens a fraction refers to; defaults to ``counts``.
+    """
+    wanted = [min(now, count_of(keep, total)) for now, total in zip(counts, totals or counts, strict=True)]
+    scores = scores.float().masked_fill(~valid, -torch.inf)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    limit = torch.tensor(wanted, device=scores.device)[:, None]
+    return Keep((rank < limit) & valid, wanted)
+
+
+def elbow_keep(scores: Tensor, valid: Tensor) -> Tensor:
+    """Keep tokens above the elbow of the sorted score curve ("maximum geometric distance").
+
+    The curve is (rank, score) with scores sorted in descending order; the elbow is its point farthest from the chord
+    between the first and the last point, the first one on ties. Tokens scoring strictly above the elbow's score are
+    kept. Axes are not normalised. Source: CoreMatching, section on core tokens, and its published code.
+
+    Parameters
+    ----------
+    scores
+        [B, V], exact integers or floats.
+    valid
+        Bool [B, V]: padded slots take no part in the curve.
+
+    Returns
+    -------
+    Bool [B, V].
+    """
+    scores = scores.double()
+    count = valid.sum(1, keepdim=True)
+    curve = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True).values
+    rank = torch.arange(scores.shape[1], device=scores.device, dtype=scores.dtype).expand_as(curve)
+    last = curve.gather(1, (count - 1).clamp(min=0))
+    first, run = curve[:, :1], (count - 1).clamp(min=1).to(scores.dtype)
+    # Twice the triangle's area over the chord's length; the length is constant per sample and cannot move the maximum.
+    distance = ((last - first) * rank - run * (curve - first)).abs()
+    distance = distance.masked_fill(rank >= count, -1.0)
+    elbow = curve.gather(1, distance.argmax(dim=1, keepdim=True))
+    return (scores > elbow) & valid
+
+
+def hashed_noise(keys: Tensor, width: int, seed: int) -> Tensor:
+    """Uniform noise [B, width] that depends only on each row's integer key and the seed.
+
+    The same sample gets the same noise whatever its batch or device, without moving data off the device.
+    """
+    index = torch.arange(1, width + 1, device=keys.device, dtype=torch.long)
+    state = keys[:, None] * 2862933555777941757 + index * 3202034522624059733 + (seed + 1) * 3935559000370003845
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        # A logical right shift: torch's is arithmetic, so the sign's copies are masked away.
+        state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return ((state >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)
+
+
+def sample_keys(input_ids: Tensor, valid: Tensor) -> Tensor:
+    """One integer key [B] per prompt, the same however the prompt is padded."""
+    power = valid.long().cumsum(1)
+    mixed = (input_ids + 1) * (power * 6364136223846793005 + 1442695040888963407)
+    return (mixed * valid).sum(1)

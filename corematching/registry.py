@@ -1,0 +1,90 @@
+"""Building methods by name: ``conf/method/<name>.yaml`` holds the defaults, the dataclass checks the values."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from corematching.errors import UserError
+
+if TYPE_CHECKING:
+    from corematching.methods.base import Method
+
+CONF = Path(str(files("conf")))
+
+
+def group_names(group: str) -> list[str]:
+    """Names of the YAML files in a ``conf/`` group, sorted."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@cache
+def _defaults(name: str) -> dict[str, Any]:
+    config: Any = OmegaConf.to_container(OmegaConf.load(CONF / "method" / f"{name}.yaml"))
+    return config
+
+
+def method_defaults(name: str) -> dict[str, Any]:
+    """A method's parameters as its YAML gives them.
+
+    Raises
+    ------
+    UserError
+        For an unknown name; lists the valid ones.
+    """
+    if name not in group_names("method"):
+        raise UserError(f"unknown method {name!r}: choose from {', '.join(group_names('method'))}")
+    return {key: value for key, value in _defaults(name).items() if not key.startswith("_") and key != "name"}
+
+
+def build_method(name: str, /, **parameters: Any) -> Method:
+    """Build a method from its YAML defaults and overrides.
+
+    Parameters
+    ----------
+    name
+        A name in ``conf/method``.
+    **parameters
+        Overrides of its parameters, e.g. ``keep=192``.
+
+    Raises
+    ------
+    UserError
+        For an unknown method or parameter (names the valid ones) or a value out of range.
+    """
+    values = method_defaults(name)
+    cls = get_class(_defaults(name)["_target_"])
+    known = [field.name for field in fields(cls)]
+    for parameter in parameters:
+        if parameter not in known:
+            raise UserError(
+                f"unknown parameter {parameter!r} of method {name!r}: choose from {', '.join(known) or '(it has none)'}"
+            )
+    values.update(parameters)
+    # Lists in YAML become tuples, so that methods stay hashable.
+    method = cls(**{key: _frozen(value) for key, value in values.items()})
+    object.__setattr__(method, "name", name)
+    return method
+
+
+def compose(first: Method, second: Method) -> Method:
+    """Join a token method with a neuron or KV method.
+
+    Raises
+    ------
+    UserError
+        If both reduce the same thing.
+    """
+    from corematching.methods.composed import Composed
+
+    return Composed(first, second)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value
