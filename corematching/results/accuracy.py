@@ -74,16 +74,16 @@ def accuracy_table(group: pd.DataFrame, suffix: str = "", notes: Sequence[str] =
     """Methods and budgets by benchmarks, with the mean share of dense, visual tokens per layer and FLOPs."""
     benchmarks = benchmark_order(group["benchmark"])
     factor, unit = unit_scale(group["flops_total"], FLOPS_UNITS)
-    dense = _dense_values(group)
+    cells, dense = _by_row(group), _dense_values(group)
     rows = []
     for method in methods_of(group).itertuples():
-        own = group[group["row"] == method.row].set_index("benchmark")
+        own = cells[method.row]
         entries = [
             word(method.method),
             word(_keep(method)),
-            number(_mean(own["visual_tokens_per_layer"]), reason=_absence(own)),
-            significant(_mean(own["flops_total"]) / factor, reason=_absence(own)),
-            *(score_entry(own, benchmark) for benchmark in benchmarks),
+            number(_mean(own, "visual_tokens_per_layer"), reason=_absence(own)),
+            significant(_mean(own, "flops_total") / factor, reason=_absence(own)),
+            *(score_entry(own.get(benchmark)) for benchmark in benchmarks),
             _share(own, dense),
         ]
         rows.append(Row(tuple(entries), None if method.method_name == "dense" else _keep(method)))
@@ -105,18 +105,20 @@ def scaling_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
     keeps = sorted({keep for keep in kept["keep"] if keep is not None and keep == keep}, key=keep_order)
     if len(keeps) < 2:
         return None
-    swept = kept[kept["keep"].isin(keeps)]
+    cells = _by_row(group)
+    dense = next(
+        (row for row, own in cells.items() if any(cell["method_name"] == "dense" for cell in own.values())), ""
+    )
+    variants: dict[str, dict[str, str]] = {}
+    for method in methods_of(kept).itertuples():
+        variants.setdefault(method.method, {})[budget(method.keep)] = method.row
+    swept = {label: rows for label, rows in variants.items() if rows.keys() & set(map(budget, keeps))}
     rows = []
     for benchmark in benchmark_order(group["benchmark"]):
-        at = group[group["benchmark"] == benchmark]
-        dense = at[at["method_name"] == "dense"].set_index("benchmark")
-        labels = dict.fromkeys(methods_of(swept[swept["benchmark"] == benchmark])["method"])
-        for label in sorted(labels, key=lambda name: (name not in CONTROLS, name)):
-            own = at[at["method"] == label]
-            cells = [own[[value == keep for value in own["keep"]]].set_index("benchmark") for keep in keeps]
-            entries = [word(title(benchmark)), word(label), score_entry(dense, benchmark, spread=True)]
-            entries += [score_entry(cell, benchmark, spread=True) for cell in cells]
-            rows.append(Row(tuple(entries), benchmark))
+        for label, row_of in swept.items():
+            shown = [dense, *(row_of.get(budget(keep), "") for keep in keeps)]
+            scores = [score_entry(cells.get(row, {}).get(benchmark), spread=True) for row in shown]
+            rows.append(Row((word(title(benchmark)), word(label), *scores), benchmark))
     columns = (
         Column("benchmark", "Benchmark", numeric=False),
         Column("method", "Method", numeric=False),
@@ -136,19 +138,19 @@ def ablation_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
     if len(variants) < 2 or not parameters:
         return None
     benchmarks = benchmark_order(group["benchmark"])
-    dense = _dense_values(group)
+    cells, dense = _by_row(group), _dense_values(group)
     ordered = [*methods_of(group[group["method_name"] == "dense"]).itertuples(), *variants.itertuples()]
     rows = []
     for method in ordered:
-        own = group[group["row"] == method.row].set_index("benchmark")
+        own = cells[method.row]
         chosen = {"method": method.method_name, **method.parameters}
         entries = [
             word(method.method),
             *(word(_parameter(chosen.get(name))) for name in parameters),
             word(_keep(method)),
-            number(_mean(own["visual_tokens_per_layer"]), reason=_absence(own)),
+            number(_mean(own, "visual_tokens_per_layer"), reason=_absence(own)),
             _neurons(own),
-            *(score_entry(own, benchmark) for benchmark in benchmarks),
+            *(score_entry(own.get(benchmark)) for benchmark in benchmarks),
             _share(own, dense),
         ]
         rows.append(Row(tuple(entries), None if method.method_name == "dense" else "variants"))
@@ -166,11 +168,10 @@ def ablation_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
     return mark(_table(f"ablation{suffix}", "Ablations", caption, columns, rows, group))
 
 
-def score_entry(own: pd.DataFrame, benchmark: str, spread: bool = False) -> Entry:
-    """The score of one cell with what is known about it; ``own`` is indexed by benchmark."""
-    if benchmark not in own.index:
+def score_entry(cell: dict | None, spread: bool = False) -> Entry:
+    """The score of one cell (``None``: there is no such cell) with what is known about it."""
+    if cell is None:
         return hole("not run")
-    cell = own.loc[benchmark]
     if cell["status"] == "failed":
         return hole(f"failed: {cell['error']}"[:160])
     if cell["status"] == "not_scored" or not math.isfinite(cell["value"]):
@@ -179,7 +180,7 @@ def score_entry(own: pd.DataFrame, benchmark: str, spread: bool = False) -> Entr
     return number(cell["value"], spread=half, tie=bool(cell["tie"]), detail=_detail(cell))
 
 
-def _detail(cell: pd.Series) -> str:
+def _detail(cell: dict) -> str:
     parts = [f"n = {cell['n']:g}"]
     if math.isfinite(cell["low"]):
         parts.append(f"95 % interval {cell['low']:.1f} to {cell['high']:.1f} ({cell['estimator']})")
@@ -191,25 +192,33 @@ def _detail(cell: pd.Series) -> str:
     return "; ".join([*parts, *filter(None, [cell["remark"]])])
 
 
+def _by_row(group: pd.DataFrame) -> dict[str, dict[str, dict]]:
+    """Cells as dictionaries, by row key and benchmark: looking them up in a frame costs a hundred times as much."""
+    cells: dict[str, dict[str, dict]] = {}
+    for cell in group.to_dict("records"):
+        cells.setdefault(cell["row"], {})[cell["benchmark"]] = cell
+    return cells
+
+
 def _dense_values(group: pd.DataFrame) -> dict[str, float]:
     done = group[(group["method_name"] == "dense") & (group["status"] == "done") & (group["value"] > 0)]
     return dict(zip(done["benchmark"], done["value"], strict=True))
 
 
-def _share(own: pd.DataFrame, dense: dict[str, float]) -> Entry:
+def _share(own: dict[str, dict], dense: dict[str, float]) -> Entry:
     """Mean over the benchmarks that dense has a score on; a hole if this row lacks one of them (a biased mean)."""
     if not dense:
         return hole("no dense score to compare with")
-    values = {name: own["value"].get(name, np.nan) for name in dense}
+    values = {name: own[name]["value"] if name in own else math.nan for name in dense}
     absent = [title(name) for name, value in values.items() if not math.isfinite(value)]
     if absent:
         return hole(f"no score on {', '.join(absent)}, which dense has")
     return number(100 * float(np.mean([values[name] / dense[name] for name in dense])))
 
 
-def _neurons(own: pd.DataFrame) -> Entry:
-    counts = [count for layers in own["neurons_by_layer"] if layers for count in layers if count is not None]
-    return number(float(np.mean(counts)), 0) if counts else word("all") if len(own) else hole("not run")
+def _neurons(own: dict[str, dict]) -> Entry:
+    layers = [count for cell in own.values() for count in cell["neurons_by_layer"] or () if count is not None]
+    return number(float(np.mean(layers)), 0) if layers else word("all")
 
 
 def _keep(method) -> str:
@@ -221,13 +230,14 @@ def _parameter(value: object) -> str:
     return HOLE if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _absence(own: pd.DataFrame) -> str:
-    errors = [error for error in own["error"] if error]
+def _absence(own: dict[str, dict]) -> str:
+    errors = [cell["error"] for cell in own.values() if cell["error"]]
     return f"failed: {errors[0]}"[:160] if errors else "the cells hold no trace"
 
 
-def _mean(values: pd.Series) -> float:
-    return float(values.mean()) if values.notna().any() else math.nan
+def _mean(own: dict[str, dict], name: str) -> float:
+    values = [cell[name] for cell in own.values() if math.isfinite(cell[name])]
+    return float(np.mean(values)) if values else math.nan
 
 
 def _count(number_of: int, noun: str) -> str:

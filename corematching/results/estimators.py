@@ -135,7 +135,7 @@ DEFINITIONS: dict[str, Callable[[Questions], tuple[Ratio, ...]]] = {
     "mean over questions": _mean,
     "mean over subsets": _part_mean,
     "F1 over subsets": _f1,
-    "accuracy + pair accuracy, perception": lambda questions: _mme(questions, COGNITION),
     "accuracy + pair accuracy": _mme,
+    "accuracy + pair accuracy, perception": lambda questions: _mme(questions, COGNITION),
     "units all right": _all_right,
 }

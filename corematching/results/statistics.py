@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -138,9 +137,10 @@ def holm(p: np.ndarray) -> np.ndarray:
     """Holm's step-down correction of one family of p-values; NaN entries stay NaN and do not count."""
     p = np.asarray(p, dtype=float)
     adjusted = np.full(p.shape, np.nan)
-    valid = ~np.isnan(p)
-    if valid.any():
-        adjusted[valid] = multipletests(p[valid], method="holm")[1]
+    # By hand: statsmodels' multipletests collects garbage on every call, which costs more than all the rest together.
+    order = np.argsort(p, kind="stable")[: np.count_nonzero(~np.isnan(p))]
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
     return adjusted
 
 
