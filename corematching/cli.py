@@ -22,7 +22,20 @@ from corematching import groups
 from corematching.errors import UserError
 from corematching.evaluation import machine
 
-_FLAGS = {"--help", "-h", "--cfg", "-c", "--resolve", "-r", "--package", "-p", "--info", "-i", "--hydra-help", "--version"}
+_FLAGS = {
+    "--help",
+    "-h",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "-r",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+    "--hydra-help",
+    "--version",
+}
 
 OmegaConf.register_new_resolver("machine", machine.default, replace=True)
 
@@ -47,10 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error if isinstance(error, UserError) else explain(error, words)}", file=sys.stderr)
-        return 2
+        return _complain(error, words, debug)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -64,8 +74,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
 def _hydra_main(config: DictConfig) -> None:
     chosen = HydraConfig.get()
-    runner = get_method(config.runner)
-    raise SystemExit(runner(settle(config, chosen.runtime.choices, chosen.overrides.task)))
+    words = chosen.overrides.task
+    try:
+        runner = get_method(config.runner)
+        raise SystemExit(runner(settle(config, chosen.runtime.choices, words)))
+    except (UserError, OmegaConfBaseException) as error:  # told here, because Hydra would add lines of its own
+        raise SystemExit(_complain(error, words, config.debug)) from None
+
+
+def _complain(error: Exception, words: Sequence[str], debug: bool) -> int:
+    """Print what is wrong in one line; returns the exit status for wrong input."""
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {error if isinstance(error, UserError) else explain(error, words)}", file=sys.stderr)
+    return 2
 
 
 def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictConfig:
@@ -79,7 +101,11 @@ def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictCo
         if name:
             parameters = {key: value for key, value in (config.method or {}).items() if not key.startswith("_")}
             defaults = groups.load("method", name)
-            own = {key: value for key, value in parameters.items() if f"method.{key}" in given or value != defaults.get(key)}
+            own = {
+                key: value
+                for key, value in parameters.items()
+                if f"method.{key}" in given or value != defaults.get(key)
+            }
             config.methods = [{"name": name, **own}]
         config.pop("method", None)
         config.given = sorted(given)
@@ -98,7 +124,9 @@ def _normalise(word: str) -> str:
 def _check_flags(words: Sequence[str]) -> None:
     for word in words:
         if word.startswith("-") and word.split("=", 1)[0] not in _FLAGS:
-            raise UserError(f"unknown option '{word}'; options are --help and --cfg job, settings are written name=value")
+            raise UserError(
+                f"unknown option '{word}'; options are --help and --cfg job, settings are written name=value"
+            )
 
 
 def explain(error: Exception, words: Sequence[str]) -> str:

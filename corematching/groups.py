@@ -1,19 +1,18 @@
-"""The configuration groups in ``conf/`` as plain data: what there is to choose from, without Hydra or torch."""
+"""The configuration groups in ``conf/`` as plain data: what there is to choose from, without composing or torch."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from importlib.resources import files
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from corematching.errors import UserError
+from corematching.registry import CONF, group_names
 
 
 def choices(group: str) -> list[str]:
     """Names of the files in ``conf/<group>``, sorted."""
-    folder = files("conf") / group
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return group_names(group)
 
 
 def load(group: str, name: str) -> dict[str, Any]:
@@ -24,13 +23,10 @@ def load(group: str, name: str) -> dict[str, Any]:
     UserError
         If there is no such file; names the ones there are.
     """
-    from omegaconf import OmegaConf
-
     valid = choices(group)
     if name not in valid:
         raise unknown(group, name, valid)
-    text = (files("conf") / group / f"{name}.yaml").read_text(encoding="utf-8")
-    return dict(OmegaConf.to_container(OmegaConf.create(text) or OmegaConf.create({})))  # type: ignore[arg-type]
+    return dict(OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml")))  # type: ignore[arg-type]
 
 
 def unknown(what: str, value: object, valid: Iterable[str]) -> UserError:
@@ -43,9 +39,7 @@ def unknown(what: str, value: object, valid: Iterable[str]) -> UserError:
 
 def top_level() -> list[str]:
     """Everything that can be set with ``name=value``: the groups, then the root configuration's own settings."""
-    from omegaconf import OmegaConf
-
-    root = OmegaConf.create((files("conf") / "config.yaml").read_text(encoding="utf-8"))
+    root = OmegaConf.load(CONF / "config.yaml")
     parts = [str(next(iter(entry))) for entry in root.defaults if not isinstance(entry, str)]
     settings = [str(key) for key in root if key not in ("defaults", "hydra")]
     return [part for part in parts if "/" not in part] + settings

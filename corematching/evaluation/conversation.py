@@ -40,7 +40,9 @@ def render(processor: Any, question: str, images: int, prompt: str) -> str:
     if prompt != "lmms_eval":
         raise UserError(f"unknown prompt '{prompt}'; valid: {', '.join(PROMPTS)}")
     if not getattr(processor, "chat_template", None):
-        raise UserError("prompt='lmms_eval' needs a checkpoint with a chat template; this one has none: use prompt=llava15")
+        raise UserError(
+            "prompt='lmms_eval' needs a checkpoint with a chat template; this one has none: use prompt=llava15"
+        )
     content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

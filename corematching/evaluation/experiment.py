@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from corematching.errors import UserError
 from corematching.evaluation import machine, provenance
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.conversation import IMAGE_MODES, PROMPTS
+from corematching.registry import method_defaults
 
-_ENTRY_KEYS = ("name", "label", "budgets")
+_ENTRY_KEYS = ("name", "label", "budgets", "with")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ def plan(config: DictConfig) -> Experiment:
     model = model_identity(settings["model"])
     source = load_source(**settings["data"])
     cells = [
-        _cell(settings, model, row, benchmark, source.version(benchmark))
-        for benchmark in benchmarks
-        for row in rows
+        _cell(settings, model, row, benchmark, source.version(benchmark)) for benchmark in benchmarks for row in rows
     ]
     folder = Path(settings["results_dir"]).expanduser() / settings["experiment"]
     return Experiment(
@@ -76,47 +74,56 @@ def method_rows(settings: Mapping[str, Any]) -> list[Row]:
     """The methods times their budgets.
 
     A listed method takes part in the sweep over ``keep`` if it has a parameter of that name and its entry does not set
-    it. An entry may instead map each budget to the parameters that mean it (``budgets: {192: {dominant: 162, ...}}``).
+    it. An entry may instead map each budget to the parameters that mean it (``budgets: {192: {dominant: 162, ...}}``),
+    and may be composed with a second method (``with: {name: core_neurons, keep: 0.4}``).
     """
     budgets = settings["keep"] if isinstance(settings["keep"], list) else [settings["keep"]]
-    tokens = settings["model"].get("visual_tokens")
     for keep in budgets:
-        check_keep("keep", keep, tokens)
-    rows = []
-    for entry in settings["methods"] if isinstance(settings["methods"], list) else [settings["methods"]]:
-        entry = {"name": entry} if isinstance(entry, str) else dict(entry)
-        name = entry.get("name")
-        valid = groups.choices("method")
-        if name not in valid:
-            raise groups.unknown("method", name, valid)
-        known = _parameters(name)
-        own = {key: value for key, value in entry.items() if key not in _ENTRY_KEYS}
-        overrides = (settings["model"].get("method_overrides") or {}).get(name) or {}
-        for key in (*own, *overrides):
-            if key not in known:
-                raise groups.unknown(f"parameter of {name}", key, known)
-        base = {**known, **overrides, **own}
-        label = entry.get("label") or name
-        if "budgets" in entry:
-            rows += [Row(name, label, keep, {**base, **_budget(entry, keep)}) for keep in budgets]
-        elif "keep" in known and "keep" not in own and budgets:
-            rows += [Row(name, label, keep, {**base, "keep": keep}) for keep in budgets]
-        else:
-            rows.append(Row(name, label, base.get("keep"), base))
-    if not rows:
+        check_keep("keep", keep, settings["model"].get("visual_tokens"))
+    entries = settings["methods"] if isinstance(settings["methods"], list) else [settings["methods"]]
+    if not entries:
         raise UserError(f"methods is empty; name one or more of {', '.join(groups.choices('method'))}")
-    return rows
+    overrides = settings["model"].get("method_overrides") or {}
+    return [row for entry in entries for row in _entry_rows(entry, budgets, overrides)]
+
+
+def _entry_rows(entry: Any, budgets: list[Any], model_overrides: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The rows of one entry of ``methods``."""
+    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = entry.get("name")
+    valid = groups.choices("method")
+    if name not in valid:
+        raise groups.unknown("method", name, valid)
+    known = method_defaults(name)
+    own = {key: value for key, value in entry.items() if key not in _ENTRY_KEYS}
+    of_model = model_overrides.get(name) or {}
+    for key in (*own, *of_model):
+        if key not in known:
+            raise groups.unknown(f"parameter of {name}", key, known)
+    base = {**known, **of_model, **own}
+    label = entry.get("label") or name
+    if "with" in entry:
+        (second,) = _entry_rows(entry["with"], [], model_overrides)
+        base["with"] = {"name": second.method, **second.parameters}
+        label = entry.get("label") or f"{name} + {second.label}"
+    if "budgets" in entry:
+        return [Row(name, label, keep, {**base, **_budget(entry, keep)}) for keep in budgets]
+    if "keep" not in known or "keep" in own or not budgets:
+        return [Row(name, label, base.get("keep"), base)]
+    if "threshold" in known and "threshold" not in own:
+        base["threshold"] = "keep"  # a sweep asks for budgets, so methods that would adapt are held to them
+    return [Row(name, label, keep, {**base, "keep": keep}) for keep in budgets]
 
 
 def check_keep(name: str, keep: Any, tokens: int | None) -> None:
     """Refuse a budget that is no count of 1 to `tokens` and no fraction in (0, 1]."""
-    most = "" if tokens is None else f" up to the model's {tokens} visual tokens"
     count = isinstance(keep, int) and not isinstance(keep, bool)
     if count and 1 <= keep <= (tokens or keep):
         return
     if isinstance(keep, float) and 0 < keep <= 1:
         return
-    raise UserError(f"{name}={keep} is not valid: give a count (1 or more{most}) or a kept fraction in (0, 1]")
+    counts = "a count of 1 or more" if tokens is None else f"a count from 1 to {tokens} (the model's visual tokens)"
+    raise UserError(f"{name}={keep} is not valid: give {counts} or a kept fraction in (0, 1]")
 
 
 def model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,22 +140,15 @@ def model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
     if model["dtype"] not in dtypes:
         raise groups.unknown("dtype", model["dtype"], dtypes)
     on_gpu = machine.gpu_count() > 0 and not str(model["device"]).startswith("cpu")
-    dtype = ("bfloat16" if on_gpu else "float32") if model["dtype"] == "auto" else model["dtype"]
+    dtype = ("float16" if on_gpu else "float32") if model["dtype"] == "auto" else model["dtype"]
     identity = {
         "name": model["name"],
         "path": model["path"],
-        "revision": provenance.model_revision(model_path(model["path"]), model["revision"]),
+        "revision": provenance.model_revision(model),
         "dtype": dtype,
         "weights": model["weights"],
     }
     return identity | ({"num_layers": model["num_layers"]} if model["num_layers"] else {})
-
-
-def model_path(path: str) -> str:
-    """Folder or Hub id behind a configured path; ``bundled:NAME`` lies in the installed package."""
-    if path.startswith("bundled:"):
-        return str(Path(__file__).parents[1] / "models" / path.removeprefix("bundled:"))
-    return path
 
 
 def _cell(settings: Mapping[str, Any], model: Mapping[str, Any], row: Row, benchmark: Benchmark, version: str) -> Cell:
@@ -175,12 +175,6 @@ def _cell(settings: Mapping[str, Any], model: Mapping[str, Any], row: Row, bench
         benchmark=benchmark.name,
         data=settings["data"]["name"],
     )
-
-
-@cache
-def _parameters(method: str) -> dict[str, Any]:
-    """Parameters of a method and their defaults, as its configuration file states them."""
-    return {key: value for key, value in groups.load("method", method).items() if not key.startswith("_")}
 
 
 def _budget(entry: Mapping[str, Any], keep: Any) -> Mapping[str, Any]:

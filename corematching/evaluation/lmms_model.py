@@ -5,6 +5,7 @@ Registered as ``corematching`` (see `corematching.evaluation.plugin`), so lmms-e
     lmms-eval --model corematching --model_args pretrained=llava_1_5_7b,method=fastv,keep=192 --tasks gqa --batch_size 8
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -63,9 +64,7 @@ class CoreMatchingLMM(lmms):
         **parameters: Any,
     ):
         chosen = cm.build_method(method, **parameters)
-        model, processor = cm.load_model(
-            pretrained, weights=weights, dtype=dtype, device=device, num_layers=num_layers
-        )
+        model, processor = cm.load_model(pretrained, weights=weights, dtype=dtype, device=device, num_layers=num_layers)
         generator = Generator(model, processor, prompt, image, int(batch_size), int(max_new_tokens))
         self._set_up(generator, chosen, f"{pretrained}, {weights}, {num_layers}")
 
@@ -80,16 +79,28 @@ class CoreMatchingLMM(lmms):
         super().__init__()
         self.generator, self.method, self.identity = generator, method, identity
         self.answers: dict[tuple[str, int], Answer] = {}
-        self.on_done: Callable[[int], None] = lambda count: None
+        self.on_progress: Callable[[int, int], None] = lambda done, total: None
+        self.seconds = 0.0
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """One text per request, in order; what really ran is kept in `answers` by (task, doc id)."""
+        """One text per request, in order.
+
+        What really ran is kept in `answers` by (task, doc id), the time it took in `seconds`.
+        """
         keys, questions = [], []
         for request in requests:
             text, settings, doc_to_visual, doc_id, task, split = request.args
             keys.append((task, doc_id))
             questions.append(Question(text, self._images(doc_to_visual, task, split, doc_id), dict(settings)))
-        answers = self.generator.answer(questions, self.method, self.on_done)
+        started, done = time.perf_counter(), 0
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            self.on_progress(done, len(questions))
+
+        answers = self.generator.answer(questions, self.method, count)
+        self.seconds += time.perf_counter() - started
         self.answers.update(zip(keys, answers))
         return [answer.text for answer in answers]
 

@@ -1,9 +1,11 @@
 """Where a number comes from: versions, commit, hardware, and the identity of model weights."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +15,7 @@ from corematching.errors import UserError
 from corematching.evaluation import machine
 
 _PACKAGES = ("corematching-bench", "torch", "transformers", "lmms-eval", "datasets", "numpy", "pandas")
+_PACKAGED = "packaged:"  # as in corematching.models.loading, which needs torch
 _WHOLE_FILE = 256 * 2**20  # hash files up to this size completely; above, their size and first megabyte
 
 
@@ -85,31 +88,51 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_revision(path: str, revision: str | None) -> str:
-    """What identifies the weights behind `path`: a digest for a local folder, a commit for a Hub id.
+def model_revision(model: Mapping[str, Any]) -> str:
+    """What identifies the weights of a model configuration: a digest for local ones, a commit for the Hub's.
+
+    Random weights of a configured architecture are identified by that architecture.
 
     Raises
     ------
     UserError
-        If `path` is neither a model folder nor a Hub model that is cached or reachable.
+        If the path is neither a model folder nor a Hub model that is cached or reachable.
     """
-    folder = Path(path).expanduser()
+    path = str(model["path"])
+    if model["weights"] == "random" and model.get("architecture"):
+        text = json.dumps(model["architecture"], sort_keys=True)
+        return "random-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder = packaged_path(path) or Path(path).expanduser()
     if folder.is_dir():
         return folder_digest(folder)
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-        raise UserError(f"no model at '{path}': give a folder with config.json, or a Hub id such as {machine.REAL_REPOSITORY}")
-    commit = machine.cached_revision(path, revision or "main")
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1 or packaged_path(path):
+        raise UserError(
+            f"no model at '{path}': give a folder with config.json, or a Hub id such as {machine.REAL_REPOSITORY}"
+        )
+    return _hub_commit(path, model["revision"] or "main")
+
+
+def packaged_path(path: str) -> Path | None:
+    """Folder behind a path inside the installed package (``packaged:NAME``), None for any other path."""
+    if not path.startswith(_PACKAGED):
+        return None
+    return Path(__file__).parents[1] / "models" / path.removeprefix(_PACKAGED)
+
+
+def _hub_commit(repository: str, revision: str) -> str:
+    commit = machine.cached_revision(repository, revision)
     if commit:
         return commit
     if not machine.hub_reachable():
         raise UserError(
-            f"model '{path}' is not cached and the Hub cannot be reached: run `python scripts/download.py --models {path}` "
-            "on a machine with network, or use model=tiny"
+            f"model '{repository}' is not cached and the Hub cannot be reached: run `python scripts/download.py "
+            f"--models {repository}` on a machine with network, or use model=tiny"
         )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return str(HfApi().model_info(path, revision=revision, timeout=10).sha)
+        return str(HfApi().model_info(repository, revision=revision, timeout=10).sha)
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"the Hub does not give model '{path}' at revision '{revision}': {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the Hub does not give model '{repository}' at revision '{revision}': {reason}") from error

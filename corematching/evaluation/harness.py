@@ -1,0 +1,70 @@
+"""One call of lmms-eval, with its side effects undone and its traps closed."""
+
+import argparse
+import contextlib
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def evaluate(model: Any, tasks: Sequence[Any], seed: int = 0) -> dict[str, Any]:
+    """Run lmms-eval's `simple_evaluate` on task objects and return its results.
+
+    Whatever a task writes (submission files) goes to a temporary folder: the samples that the caller stores hold the
+    same predictions. An exception hidden in lmms-eval's retries is raised as itself.
+
+    Parameters
+    ----------
+    model
+        An lmms-eval model object.
+    tasks
+        Task objects, built for simple-style models.
+    seed
+        For every random generator that lmms-eval sets.
+    """
+    from lmms_eval.evaluator import simple_evaluate
+    from tenacity import RetryError
+
+    with host_state(), tempfile.TemporaryDirectory() as scratch:
+        # Without these settings lmms-eval decodes every picture a second time and keeps lists of them in its results.
+        arguments = argparse.Namespace(process_with_media=False, output_path=scratch, reasoning_tags=None)
+        try:
+            return simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                task_manager=_no_task_manager(),
+                bootstrap_iters=0,
+                log_samples=True,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                cli_args=arguments,
+            )
+        except RetryError as error:
+            raise (error.last_attempt.exception() or error) from None
+
+
+@contextlib.contextmanager
+def host_state() -> Iterator[None]:
+    """Give back the random generators' states, which lmms-eval overwrites."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        if gpu:
+            torch.cuda.set_rng_state_all(gpu)
+
+
+def _no_task_manager() -> Any:
+    """A task manager without tasks: ours come as objects, and indexing the stock ones takes five seconds."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)

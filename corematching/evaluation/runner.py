@@ -1,0 +1,226 @@
+"""Run an experiment: what is not in the store yet is computed, one model load and one task build per benchmark."""
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from omegaconf import DictConfig
+
+from corematching.errors import UserError
+from corematching.evaluation import machine, provenance
+from corematching.evaluation.cells import Cell
+from corematching.evaluation.experiment import Experiment, plan
+from corematching.evaluation.progress import Reporter
+from corematching.results.store import SCHEMA, Store
+from corematching.results.table import build_table
+from corematching.tracking import start_tracking
+
+_POLL_SECONDS = 2.0
+
+
+def run_experiment(config: DictConfig) -> int:
+    """Run the composed experiment and print its table.
+
+    Returns
+    -------
+    int
+        Exit status: 0 all cells have results, 1 some failed, 130 interrupted.
+
+    Raises
+    ------
+    UserError
+        For anything wrong that can be known before the first cell runs.
+    """
+    experiment = plan(config)
+    store = Store(experiment.folder)
+    pending = [cell for cell in experiment.cells if not finished(store.read(cell.id), experiment)]
+    with Reporter(len(pending)) as reporter:
+        for line in headline(experiment, len(pending)):
+            reporter.say(line)
+        if pending:
+            try:
+                with _terminate_as_interrupt():
+                    _run(experiment, pending, store, reporter)
+            except KeyboardInterrupt:
+                stored = sum(finished(store.read(cell.id), experiment) for cell in experiment.cells)
+                reporter.say(
+                    f"interrupted: {stored} of {len(experiment.cells)} cells are stored in {store.root}; "
+                    "run the same command again to finish the rest"
+                )
+                return 130
+    return conclude(experiment, store, reporter)
+
+
+def _run(experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter) -> None:
+    quiet_libraries()
+    from corematching.evaluation.workbench import Workbench  # torch and transformers, seconds to import
+
+    bench = Workbench(experiment)
+    bench.check_methods(pending)
+    with start_tracking(experiment, reporter.say) as tracker:
+        elsewhere = []
+        for cell in pending:
+            record = attempt(cell, experiment, bench, store, reporter)
+            if record is None:
+                elsewhere.append(cell)
+            else:
+                tracker.log(cell, record)
+        if elsewhere:
+            _await_others(elsewhere, experiment, bench, store, reporter)
+        tracker.finish(store)
+
+
+def attempt(cell: Cell, experiment: Experiment, bench: Any, store: Store, reporter: Reporter) -> dict[str, Any] | None:
+    """Compute one cell and store it, failure included; None if another process is at it."""
+    with store.claim(cell.id) as mine:
+        if not mine:
+            return None
+        record = store.read(cell.id)
+        if record is not None and finished(record, experiment):
+            reporter.skip(cell, "done by another process")
+            return record
+        reporter.start(cell)
+        started, clock = datetime.now(UTC), time.perf_counter()
+        samples = None
+        try:
+            result, samples = bench.evaluate(cell, reporter.advance)
+        except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
+            result = {"status": "failed", "error": describe(error)}
+        record = {
+            "schema": SCHEMA,
+            "kind": "accuracy",
+            "id": cell.id,
+            "status": result["status"],
+            "config": cell.config,
+            "labels": cell.label,
+            "metrics": {},
+            "score": None,
+            "n": 0,
+            "trace": None,
+            "error": None,
+            "bench": None,
+            **result,
+            "timing": {**result.get("timing", {}), "seconds": time.perf_counter() - clock},
+            "provenance": {
+                "versions": provenance.versions(),
+                "git_commit": provenance.git_commit(),
+                "hardware": provenance.hardware(),
+                "started": started.isoformat(timespec="seconds"),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        }
+        store.write(record, samples)
+        reporter.finish(cell, record)
+        return record
+
+
+def finished(record: dict[str, Any] | None, experiment: Experiment) -> bool:
+    """Whether a cell needs no more work. Failed cells are tried again; unscored ones too if there is a judge now."""
+    if record is None or record["status"] == "failed":
+        return False
+    return record["status"] == "done" or experiment.settings["judge"]["name"] == "none"
+
+
+def describe(error: Exception) -> dict[str, str]:
+    """An exception as a record keeps it."""
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def headline(experiment: Experiment, pending: int) -> Iterator[str]:
+    """The first lines of a run: what runs on what, and loudly if that is not the real thing."""
+    settings, cells = experiment.settings, len(experiment.cells)
+    model, data = settings["model"]["name"], settings["data"]["name"]
+    small = small_note(experiment)
+    if small:
+        chosen = {"model", "data"} & set(settings.get("given", ()))
+        why = machine.why_small()
+        reason = f" ({why}; choose with model=... data=...)" if why and not chosen else ""
+        yield f"NOTE: {small}{reason}"
+    done = f", {cells - pending} already done" if pending < cells else ""
+    yield f"{experiment.name}: {cells} cells on {model} with {data} data{done} -> {experiment.folder}"
+
+
+def small_note(experiment: Experiment) -> str | None:
+    """The warning that belongs to every number of the bundled model or data; None for the real ones."""
+    settings = experiment.settings
+    parts = []
+    if not settings["model"].get("comparable", True):
+        parts.append(f"the bundled {settings['model']['name']} model")
+    if settings["data"]["name"] == "mini":
+        parts.append("the bundled mini suite")
+    if settings["model"]["weights"] == "random":
+        parts.append("random weights")
+    return f"{' and '.join(parts)}: not comparable with published numbers" if parts else None
+
+
+def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
+    """Write and print the table; returns the exit status."""
+    records = [store.read(cell.id) for cell in experiment.cells]
+    present = [record for record in records if record is not None]
+    counts = sorted({record["n"] for record in present if record["n"]})
+    asked = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "0"
+    settings = experiment.settings
+    notes = [f"{settings['model']['name']}, data {settings['data']['name']}, {asked} questions per cell"]
+    notes += [f"prompt {settings['prompt']}, greedy; FLOPs count 2 per multiply-add, decoder prefill only"]
+    notes += filter(None, [small_note(experiment)])
+    table = build_table(records, [benchmark.name for benchmark in experiment.benchmarks], notes)
+    table.write(store.root)
+    table.show(reporter.console)
+    reporter.say(f"table: {store.root / 'table.md'}, {store.root / 'table.csv'}")
+    failed = [record for record in present if record["status"] == "failed"]
+    if failed:
+        reporter.say(f"{len(failed)} of {len(records)} cells failed; tracebacks are in {store.cells}/<id>/cell.json")
+        for record in failed if settings["debug"] else ():
+            reporter.say(record["error"]["traceback"])
+    return 1 if len(failed) + (len(records) - len(present)) else 0
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and chatter that would break into ours; what the user has set stays."""
+    for name, value in (
+        ("TQDM_DISABLE", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def _await_others(cells: Sequence[Cell], experiment: Experiment, bench: Any, store: Store, reporter: Reporter) -> None:
+    """Wait for cells that other processes hold, and take over those they leave behind."""
+    waiting = list(cells)
+    reporter.say(f"waiting for {len(waiting)} cells that another process is computing")
+    while waiting:
+        time.sleep(_POLL_SECONDS)
+        waiting = [cell for cell in waiting if attempt(cell, experiment, bench, store, reporter) is None]
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let a job scheduler's SIGTERM end the run as Ctrl-C does, with the hint how to resume."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before: Callable | int | None = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: leave signals alone
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+__all__ = ["UserError", "run_experiment"]

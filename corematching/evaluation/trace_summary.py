@@ -1,0 +1,94 @@
+"""Means over a cell's samples of what really ran, from the traces."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from corematching.engine.trace import SampleTrace
+from corematching.evaluation.generator import Answer
+
+
+class NothingHappened(RuntimeError):
+    """A method that had something to reduce reduced nothing: its numbers would be the dense model's under its name."""
+
+
+def summarise(answers: Sequence[Answer], model_config: Any) -> dict[str, Any]:
+    """Trace section of a cell's record.
+
+    Parameters
+    ----------
+    answers
+        The cell's answers.
+    model_config
+        The model's transformers configuration, for FLOPs.
+
+    Returns
+    -------
+    dict
+        Token counts, KV bytes and FLOPs (2 per multiply-add), each the mean per sample.
+    """
+    from corematching.efficiency.flops import conventions, flops
+
+    traces = [answer.trace for answer in answers]
+    costs = [flops(model_config, trace) for trace in traces]
+    papers = [conventions(model_config, trace) for trace in traces]
+    return {
+        "image_tokens": _mean([trace.image_tokens for trace in traces]),
+        "tokens_entering_llm": _mean([len(trace.visual_tokens[0]) for trace in traces]),
+        "visual_tokens_per_layer": _mean([trace.average_visual_tokens for trace in traces]),
+        "visual_tokens_by_layer": _means([[len(layer) for layer in trace.visual_tokens] for trace in traces]),
+        "neurons_by_layer": _neurons(traces),
+        "kv_bytes": _mean([trace.kv_bytes for trace in traces]),
+        "dense_kv_bytes": _mean([trace.dense_kv_bytes for trace in traces]),
+        "generated_tokens": _mean([answer.tokens for answer in answers]),
+        "ffn_mode": "+".join(sorted({trace.ffn_mode for trace in traces})),
+        "flops": {part: _mean([cost[part] for cost in costs]) for part in costs[0]},
+        "flops_conventions": {name: _mean([paper[name] for paper in papers]) for name in papers[0]},
+    }
+
+
+def check_acted(method: Any, answers: Sequence[Answer]) -> None:
+    """Refuse a cell whose method was meant to reduce something and did not, on any sample.
+
+    Raises
+    ------
+    NothingHappened
+        Unless the method acts on nothing (dense), its budget is everything, or some trace shows a reduction.
+    """
+    keep = method.parameters.get("keep")
+    traces = [answer.trace for answer in answers if answer.trace.image_tokens]
+    if not method.acts_on or not traces or (isinstance(keep, float) and keep == 1.0):
+        return
+    largest = max(trace.image_tokens for trace in traces)
+    if isinstance(keep, int) and not isinstance(keep, bool) and keep >= largest:
+        return
+    if not any(acted(trace) for trace in traces):
+        raise NothingHappened(
+            f"{method.name or type(method).__name__} with {method.parameters} left all {largest} visual tokens, the KV "
+            f"cache and the FFNs of all {len(traces)} samples as they were"
+        )
+
+
+def acted(trace: SampleTrace) -> bool:
+    """Whether anything in this sample was smaller than in the dense model."""
+    return (
+        any(len(layer) < trace.image_tokens for layer in trace.visual_tokens)
+        or any(length < trace.prompt_tokens for length in trace.kv_lengths)
+        or any(chosen is not None for chosen in trace.neurons)
+        or len(set(trace.vision_mlp_tokens)) > 1
+        or trace.zeroed_kv > 0
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(values) / len(values))
+
+
+def _means(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [_mean(column) for column in zip(*rows)]
+
+
+def _neurons(traces: Sequence[SampleTrace]) -> list[float | None]:
+    """Per layer: mean number of FFN neurons computed in decode, None where no sample chose."""
+    columns = zip(*([None if layer is None else len(layer) for layer in trace.neurons] for trace in traces))
+    chosen = [[count for count in column if count is not None] for column in columns]
+    return [_mean(column) if column else None for column in chosen]

@@ -1,0 +1,156 @@
+"""The heavy things of a run, made once and shared by its cells: the model, the tasks of a benchmark, the judge."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+import corematching as cm
+from corematching.benchmarks.spec import ROW
+from corematching.errors import UserError
+from corematching.evaluation.cells import Cell
+from corematching.evaluation.experiment import Experiment
+from corematching.evaluation.generator import Answer, Generator
+from corematching.evaluation.trace_summary import check_acted, summarise
+from corematching.models.families import family_of
+
+
+class Workbench:
+    """Evaluates the cells of one experiment.
+
+    The model is loaded at the first cell; a benchmark's tasks are built at its first cell and dropped at the next
+    benchmark's. lmms-eval is imported no earlier, because that takes longer than most mistakes need to show.
+    """
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+        self._generator: Generator | None = None
+        self._tasks: tuple[str, Any] = ("", None)
+        self._judge: Any = None
+
+    def check_methods(self, cells: Sequence[Cell]) -> None:
+        """Build every method once and ask it whether it fits the model, before any long work.
+
+        Raises
+        ------
+        UserError
+            For the first that does not.
+        """
+        geometry = family_of(self.generator.model.config).geometry(self.generator.model.config)
+        for method in {build(cell) for cell in cells}:
+            method.stages(geometry)
+
+    @property
+    def generator(self) -> Generator:
+        """The loaded model, ready to answer."""
+        if self._generator is None:
+            settings = self.experiment.settings
+            chosen = settings["model"]
+            model, processor = cm.load_model(
+                chosen["path"],
+                weights=chosen["weights"],
+                dtype=self.experiment.cells[0].config["model"]["dtype"],
+                device=None if chosen["device"] == "auto" else chosen["device"],
+                num_layers=chosen["num_layers"],
+                revision=chosen["revision"],
+            )
+            if processor is None:
+                raise UserError(f"model {chosen['name']} comes without a processor, which accuracy runs need")
+            self._generator = Generator(
+                model,
+                processor,
+                settings["prompt"],
+                settings["image"],
+                settings["batch_size"],
+                settings["generation"]["max_new_tokens"],
+            )
+        return self._generator
+
+    def evaluate(self, cell: Cell, on_progress: Callable[[int, int], None]) -> tuple[dict[str, Any], pd.DataFrame]:
+        """Run one cell.
+
+        Returns
+        -------
+        dict
+            The cell's record, as far as results go: status, score, metrics, n, trace, timing.
+        DataFrame
+            One row per question, with the tokens retained and generated.
+
+        Raises
+        ------
+        Exception
+            Whatever generation or scoring raises.
+        """
+        from corematching.benchmarks.scoring import score
+        from corematching.evaluation import harness
+        from corematching.evaluation.lmms_model import CoreMatchingLMM
+
+        method = build(cell)
+        config = cell.config
+        tasks = self._tasks_of(config["benchmark"]["name"])
+        identity = f"{config['model']['name']}, {config['model']['revision']}"
+        model = CoreMatchingLMM.wrap(self.generator, method, identity)
+        model.on_progress = on_progress
+        results = harness.evaluate(model, tasks, config["seed"])
+        answers = list(model.answers.values())
+        check_acted(method, answers)
+        scored = score(self._benchmark(config["benchmark"]["name"]), results)
+        record = {
+            "status": "done" if scored.status == "scored" else "not_scored",
+            "score": {"metric": scored.metric, "value": scored.value, "scale": scored.scale, "note": scored.note},
+            "metrics": dict(scored.metrics),
+            "n": len(scored.samples),
+            "trace": summarise(answers, self.generator.model.config),
+            "timing": {"model_seconds": model.seconds},
+        }
+        return record, with_traces(scored.samples, results, model.answers)
+
+    def _tasks_of(self, name: str) -> Any:
+        from corematching.benchmarks.tasks import build_tasks
+
+        if self._tasks[0] != name:
+            settings = self.experiment.settings
+            benchmark = self._benchmark(name)
+            judge = self._judge_of() if benchmark.needs_judge else None
+            self._tasks = (
+                name,
+                build_tasks(benchmark, self.experiment.source, settings["prompt"], settings["limit"], judge),
+            )
+        return self._tasks[1]
+
+    def _judge_of(self) -> Any:
+        from corematching.benchmarks.judge import load_judge
+
+        if self._judge is None:
+            self._judge = load_judge(**self.experiment.settings["judge"])
+        return self._judge
+
+    def _benchmark(self, name: str) -> Any:
+        return next(benchmark for benchmark in self.experiment.benchmarks if benchmark.name == name)
+
+
+def build(cell: Cell) -> Any:
+    """The cell's method object; an entry's ``with`` is composed onto it."""
+    parameters = cell.config["method"]
+    second = parameters.pop("with", None)
+    method = cm.build_method(parameters.pop("name"), **parameters)
+    return cm.compose(method, cm.build_method(second.pop("name"), **second)) if second else method
+
+
+def with_traces(
+    samples: pd.DataFrame, results: Mapping[str, Any], answers: Mapping[tuple[str, int], Answer]
+) -> pd.DataFrame:
+    """Add to the per-question rows what really ran: visual tokens per layer and tokens generated.
+
+    lmms-eval counts documents within a task; the rows are numbered over a benchmark's parts.
+    """
+    by_row = {
+        int(sample["doc"][ROW]): answers[task, sample["doc_id"]]
+        for task, logged in results["samples"].items()
+        for sample in logged
+    }
+    found = [by_row[row] for row in samples["doc_id"]]
+    return samples.assign(
+        retained_tokens=[answer.trace.average_visual_tokens for answer in found],
+        generated_tokens=[answer.tokens for answer in found],
+    )

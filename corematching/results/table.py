@@ -1,0 +1,152 @@
+"""The table of one run: on the terminal, and as ``table.md`` and ``table.csv`` beside the cells.
+
+The paper's tables, with statistics, are made by `corematching.results.aggregate` from any number of runs.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+HOLE = "—"
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """Formatted cells of one run.
+
+    Attributes
+    ----------
+    header
+        Column titles.
+    rows
+        One tuple of formatted texts per method and budget.
+    notes
+        Lines to print below: what the numbers are, and why there are holes.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+
+    def markdown(self) -> str:
+        """A GitHub table with the notes below."""
+        lines = [_pipe(self.header), _pipe("---" if i == 0 else "---:" for i in range(len(self.header)))]
+        lines += [_pipe(row) for row in self.rows]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
+
+    def csv(self) -> str:
+        """The same texts, comma-separated; holes are empty."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(self.header)
+        writer.writerows(tuple("" if text == HOLE else text for text in row) for row in self.rows)
+        return buffer.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Write ``table.md`` and ``table.csv``."""
+        (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / "table.csv").write_text(self.csv(), encoding="utf-8")
+
+    def show(self, console: Any) -> None:
+        """Print to a rich console."""
+        from rich.table import Table
+
+        table = Table(show_edge=False, pad_edge=False)
+        for i, title in enumerate(self.header):
+            table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+        for note in self.notes:
+            console.print(f"  {note}", style="dim", markup=False, highlight=False)
+
+
+def build_table(
+    records: Sequence[Mapping[str, Any] | None], benchmarks: Sequence[str], notes: Sequence[str]
+) -> RunTable:
+    """Lay out a run's records.
+
+    Parameters
+    ----------
+    records
+        Accuracy records of the run in its order; None for a cell that is missing.
+    benchmarks
+        Names of the benchmark columns, in order.
+    notes
+        What to say below the table besides the reasons for holes.
+    """
+    rows: dict[tuple[str, Any], dict[str, Mapping[str, Any]]] = {}
+    for record in records:
+        if record is not None:
+            label = record["labels"]
+            rows.setdefault((label["method"], label["keep"]), {})[label["benchmark"]] = record
+    dense = {
+        record["labels"]["benchmark"]: _value(record)
+        for record in records
+        if record is not None and record["config"]["method"]["name"] == "dense"
+    }
+    header = ("method", "keep", *benchmarks, "% of dense", "visual tokens/layer", "KV MB", "prefill GFLOPs")
+    lines = tuple(_line(label, cells, benchmarks, dense) for label, cells in rows.items())
+    return RunTable(header, lines, (*notes, *_holes(records)))
+
+
+def _line(
+    label: tuple[str, Any],
+    cells: Mapping[str, Mapping[str, Any]],
+    benchmarks: Sequence[str],
+    dense: Mapping[str, float | None],
+) -> tuple[str, ...]:
+    method, keep = label
+    values = {name: _value(cells[name]) for name in benchmarks if name in cells}
+    shares = [100 * value / dense[name] for name, value in values.items() if value is not None and dense.get(name)]
+    traces = [cell["trace"] for cell in cells.values() if cell.get("trace")]
+    whole = len(shares) == len(benchmarks)
+    return (
+        method,
+        HOLE if keep is None else str(keep),
+        *(_number(values.get(name), 1) for name in benchmarks),
+        _number(fmean(shares), 1) if shares and whole else HOLE,
+        _number(_trace_mean(traces, "visual_tokens_per_layer"), 1),
+        _number(_trace_mean(traces, "kv_bytes", 1e6), 2),
+        _number(_trace_mean([trace["flops"] for trace in traces], "prefill", 1e9), 2),
+    )
+
+
+def _value(record: Mapping[str, Any]) -> float | None:
+    return (record.get("score") or {}).get("value") if record["status"] == "done" else None
+
+
+def _trace_mean(traces: Sequence[Mapping[str, Any]], key: str, unit: float = 1.0) -> float | None:
+    return fmean(trace[key] for trace in traces) / unit if traces else None
+
+
+def _number(value: float | None, digits: int) -> str:
+    return HOLE if value is None else f"{value:.{digits}f}"
+
+
+def _holes(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """One line per cell without a score: which, and why."""
+    lines = []
+    for record in records:
+        if record is None or record["status"] == "done":
+            continue
+        label = record["labels"]
+        error = record.get("error") or {}
+        why = f"{error.get('type')}: {error.get('message')}" if error else (record.get("score") or {}).get("note", "")
+        budget = "" if label["keep"] is None else f" keep={label['keep']}"
+        what = record["status"].replace("_", " ")
+        lines.append(
+            f"{HOLE} {label['benchmark']}, {label['method']}{budget}: {what} ({' '.join(str(why).split())[:200]})"
+        )
+    missing = sum(record is None for record in records)
+    if missing:
+        lines.append(f"{HOLE} {missing} cells have not run yet")
+    return lines
+
+
+def _pipe(texts: Any) -> str:
+    return "| " + " | ".join(str(text).replace("|", "\\|") for text in texts) + " |"
