@@ -192,6 +192,13 @@ def _detail(cell: dict) -> str:
     return "; ".join([*parts, *filter(None, [cell["remark"]])])
 
 
+def accuracy_shares(group: pd.DataFrame) -> dict[str, float]:
+    """Mean share of dense (%) per row key, for the rows that have a score wherever dense has one."""
+    dense = _dense_values(group)
+    entries = {row: _share(own, dense) for row, own in _by_row(group).items()}
+    return {row: entry.value for row, entry in entries.items() if entry.value is not None}
+
+
 def _by_row(group: pd.DataFrame) -> dict[str, dict[str, dict]]:
     """Cells as dictionaries, by row key and benchmark: looking them up in a frame costs a hundred times as much."""
     cells: dict[str, dict[str, dict]] = {}
