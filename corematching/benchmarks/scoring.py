@@ -1,0 +1,236 @@
+"""From lmms-eval's results to the number that papers quote, and to one row per question.
+
+`value_from_samples` derives the quoted number from the per-question table alone, so that intervals and tests can
+resample questions (or their clustering units) and call it again without running a model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import pandas as pd
+
+from corematching.benchmarks.spec import ROW, Benchmark, unit_name
+from corematching.errors import UserError
+
+_MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of one benchmark.
+
+    Attributes
+    ----------
+    metric
+        Name of the quoted metric, e.g. ``"F1"``.
+    value
+        The quoted number on `scale`; None if the benchmark could not be scored.
+    scale
+        The largest value possible.
+    status
+        ``"scored"`` or ``"not_scored"``.
+    note
+        What a reader of the number must know (which judge, unreadable answers, why there is no score); may be empty.
+    metrics
+        Further numbers: the parts of the quoted one, and what lmms-eval itself computed (``lmms_eval/<task>/<key>``).
+    samples
+        One row per question: doc_id (row number in the split; unique over the parts), part (subset or category), unit
+        (clustering unit), question, prompt, prediction, target, score (0 to 1; NaN without a grade).
+    """
+
+    metric: str
+    value: float | None
+    scale: float
+    status: str
+    note: str
+    metrics: dict[str, float]
+    samples: pd.DataFrame
+
+
+def score(benchmark: Benchmark, results: Mapping[str, Any]) -> Score:
+    """Score one benchmark.
+
+    Parameters
+    ----------
+    benchmark
+        The benchmark whose tasks were run.
+    results
+        What ``lmms_eval.evaluator.simple_evaluate`` returned for `corematching.benchmarks.tasks.build_tasks`, with
+        logged samples.
+
+    Raises
+    ------
+    UserError
+        If the samples of one of the benchmark's tasks are missing.
+    """
+    rows = []
+    for part in benchmark.parts:
+        samples = results.get("samples", {}).get(part.task)
+        if not samples:
+            raise UserError(f"{benchmark.name}: the results hold no samples of task {part.task}")
+        rows += [_sample_row(benchmark, part.split, sample) for sample in samples]
+    table = pd.DataFrame(rows).sort_values("doc_id", ignore_index=True)
+    value, metrics = value_from_samples(benchmark, table)
+    for part in benchmark.parts:
+        metrics |= _stock_metrics(part.task, results.get("results", {}).get(part.task, {}))
+    return Score(
+        metric=benchmark.metric.name,
+        value=value,
+        scale=benchmark.metric.scale,
+        status="not_scored" if value is None else "scored",
+        note=_note(benchmark, table, value),
+        metrics=metrics,
+        samples=table.drop(columns=["judge", "reason"], errors="ignore"),
+    )
+
+
+def value_from_samples(benchmark: Benchmark, samples: pd.DataFrame) -> tuple[float | None, dict[str, float]]:
+    """Derive the quoted number from per-question rows.
+
+    Parameters
+    ----------
+    benchmark
+        Selects the recipe (``benchmark.metric.kind``).
+    samples
+        Rows as in `Score.samples`; any resampling of whole units will do, if each drawn unit has its own name.
+
+    Returns
+    -------
+    tuple
+        The number on the metric's scale, or None if a row has no score, and the numbers it is made of.
+    """
+    if samples["score"].isna().any():
+        return None, {}
+    return _RECIPES[benchmark.metric.kind](samples)
+
+
+def _mean(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
+    return 100.0 * float(samples["score"].mean()), {}
+
+
+def _by_part(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
+    parts = samples.groupby("part")["score"].mean()
+    return 100.0 * float(samples["score"].mean()), {str(part): 100.0 * float(value) for part, value in parts.items()}
+
+
+def _pope(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
+    """Mean F1 of the subsets; answers that are neither yes nor no count as misses, in recall as well."""
+    said = samples["prediction"].str.strip().str.lower()
+    metrics: dict[str, float] = {"accuracy": 100.0 * float(samples["score"].mean())}
+    metrics["yes_ratio"] = 100.0 * float((said == "yes").mean())
+    metrics["invalid"] = 100.0 * float((~said.isin(["yes", "no"])).mean())
+    scores = []
+    for part, rows in samples.groupby("part", sort=False):
+        yes, true = said[rows.index] == "yes", rows["target"] == "yes"
+        hits = int((yes & true).sum())
+        scores.append(100.0 * 2 * hits / max(1, int(yes.sum()) + int(true.sum())))
+        metrics[f"f1_{part}"] = scores[-1]
+    return sum(scores) / len(scores), metrics
+
+
+def _mme(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
+    """Per subtask: accuracy plus the share of images with both questions right, each of 100."""
+    both = samples.groupby(["part", "unit"])["score"].min().groupby(level="part").mean()
+    subtasks = 100.0 * (samples.groupby("part")["score"].mean() + both)
+    cognition = float(subtasks[subtasks.index.isin(_MME_COGNITION)].sum())
+    perception = float(subtasks.sum()) - cognition
+    metrics = {str(name): float(value) for name, value in subtasks.items()}
+    return perception + cognition, {"perception": perception, "cognition": cognition, **metrics}
+
+
+def _mmbench(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
+    """A question is right if all rotations of its options are."""
+    questions = samples.groupby("unit").agg(score=("score", "min"), part=("part", "first"))
+    value, metrics = _by_part(questions)
+    return value, {"single_rotation": 100.0 * float(samples["score"].mean()), **metrics}
+
+
+def _mmvet(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
+    """Mean grade; per capability the mean over the questions that need it."""
+    needs = samples["part"].str.split(",")
+    names = sorted({name for row in needs for name in row})
+    share = {name: samples["score"][needs.map(lambda row, name=name: name in row)].mean() for name in names}
+    return 100.0 * float(samples["score"].mean()), {name: 100.0 * float(value) for name, value in share.items()}
+
+
+def _submission(samples: pd.DataFrame) -> tuple[None, dict[str, float]]:
+    return None, {}
+
+
+_RECIPES: dict[str, Callable[[pd.DataFrame], tuple[float | None, dict[str, float]]]] = {
+    "exact_match": _mean,
+    "mmbench": _mmbench,
+    "mme": _mme,
+    "mmvet": _mmvet,
+    "pope": _pope,
+    "seedbench": _by_part,
+    "submission": _submission,
+}
+
+
+def _sample_row(benchmark: Benchmark, split: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    doc = sample["doc"]
+    row = {
+        "doc_id": int(doc[ROW]),
+        "part": str(doc[benchmark.category]) if benchmark.category else (split if len(benchmark.parts) > 1 else ""),
+        "unit": unit_name(benchmark, doc),
+        "question": doc["question"],
+        "prompt": sample["arguments"][0],
+        "prediction": str(sample["filtered_resps"][0]),
+        "target": str(sample["target"]),
+        "score": float("nan"),
+    }
+    match benchmark.metric.kind:
+        case "exact_match":
+            row["score"] = float(sample["exact_match"])
+            if "answers" in doc:
+                row["target"] = _majority(doc["answers"])
+        case "pope":
+            row["score"] = float(sample["pope_accuracy"]["score"])
+        case "mme":
+            record = sample.get("mme_perception_score") or sample["mme_cognition_score"]
+            row["score"] = float(record["score"])
+        case "seedbench":
+            record = sample["seed_all"]
+            row["score"] = float(record["pred"].strip().lower() == record["answer"].strip().lower())
+        case "mmbench":
+            row["score"] = float(sample["gpt_eval_score"]["correct"])
+        case "mmvet":
+            record = sample["gpt_eval_score"]
+            row["score"] = float("nan") if record["score"] is None else float(record["score"])
+            row |= {"judge": record["judge"], "reason": record["reason"]}
+    return row
+
+
+def _majority(answers: list[Any]) -> str:
+    texts = [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
+    return Counter(texts).most_common(1)[0][0] if texts else ""
+
+
+def _stock_metrics(task: str, results: Mapping[str, Any]) -> dict[str, float]:
+    found = {}
+    for key, value in results.items():
+        name, _, filter_name = key.partition(",")
+        if filter_name == "none" and "_stderr" not in name and isinstance(value, Real) and not isinstance(value, bool):
+            found[f"lmms_eval/{task}/{name}"] = float(value)
+    return found
+
+
+def _note(benchmark: Benchmark, table: pd.DataFrame, value: float | None) -> str:
+    match benchmark.metric.kind:
+        case "submission":
+            return f"answers written for the {benchmark.needs_server} server, which scores them"
+        case "pope":
+            invalid = int((~table["prediction"].str.strip().str.lower().isin(["yes", "no"])).sum())
+            return f"{invalid} of {len(table)} answers were neither yes nor no and count as wrong" if invalid else ""
+        case "mmvet":
+            if value is not None:
+                return str(table["judge"].iloc[0])
+            missing = table[table["score"].isna()]
+            return f"{len(missing)} of {len(table)} answers not graded: {missing['reason'].iloc[0]}"
+    return ""
