@@ -199,17 +199,19 @@ class Session:
             raise UserError("vision-side methods need pixel_values to pass through the installed model")
         run.prompt = prompt
         run.ledger = state.ledger
+        run.images_per_row = sum(state.images) / len(state.images)
         total = run.states[0].shape[0]
         state.vision_tokens = [tokens * sum(state.images) // total for tokens in run.attention_tokens]
         state.vision_mlp_tokens = [tokens * sum(state.images) // total for tokens in run.mlp_tokens]
         decision = image_decision(run, self.output)
         if decision is None:
             rows = torch.tensor([i for own in images_by_row(state.images, total) for i in own], device=hidden.device)
-            features = run.project(run.features)[rows]
+            features = run.projected[rows]
             return hidden.masked_scatter(prompt.visual_mask[..., None], features.to(hidden.dtype)), layout
         renumber = self.output.renumber if self.output is not None else self.blocks.renumber  # type: ignore[union-attr]
         replaced = per_sample(decision, state.images, self.geometry.image_tokens, layout)
-        state.projected_tokens = sum(replaced.counts or [])
+        if not run.projects_all:
+            state.projected_tokens = sum(replaced.counts or [])
         layout, hidden = layout.replace(replaced, hidden, renumber)
         return hidden, layout
 

@@ -47,6 +47,10 @@ class TowerRun:
     mlp_tokens: list[int]
     ledger: Ledger = field(default_factory=Ledger)
     prompt: Prompt | None = None
+    images_per_row: float = 1.0
+    """Images per batch row, on average: turns overhead per image into overhead per row."""
+    _keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _projected: Tensor | None = field(default=None, repr=False)
 
     @property
     def merged(self) -> bool:
@@ -69,25 +73,38 @@ class TowerRun:
         layer %= len(layers)
         return layers[layer], layers[layer].layer_norm1(self.states[layer])
 
-    def projections(self, layer: int) -> tuple[Tensor, Tensor]:
+    def keys(self, layer: int) -> Tensor:
+        if layer not in self._keys:
+            block, normed = self._layer(layer)
+            attn = block.self_attn
+            self.spend(2 * normed.shape[1] * attn.k_proj.weight.numel())
+            self._keys[layer] = attn.k_proj(normed).unflatten(-1, (-1, attn.head_dim))
+        return self._keys[layer]
+
+    def cls_query(self, layer: int) -> Tensor:
         block, normed = self._layer(layer)
         attn = block.self_attn
-        self.spend(4 * normed.shape[1] * attn.q_proj.weight.numel())
-        return attn.q_proj(normed), attn.k_proj(normed)
+        self.spend(2 * attn.q_proj.weight.numel())
+        return attn.q_proj(normed[:, 0]).unflatten(-1, (-1, attn.head_dim))
 
     def cls_attention(self, layer: int) -> Tensor:
-        block, normed = self._layer(layer)
-        attn = block.self_attn
-        self.spend(2 * (normed.shape[1] + 1) * attn.q_proj.weight.numel() + 2 * normed.shape[1] * normed.shape[2])
-        query = attn.q_proj(normed[:, :1]).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-        keys = attn.k_proj(normed).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-        return ((query @ keys.transpose(2, 3)).float() * attn.scale).softmax(-1)[:, :, 0, 1:]
+        query, keys = self.cls_query(layer)[:, :, None], self.keys(layer).transpose(1, 2)
+        self.spend(2 * keys[0].numel())
+        return ((query @ keys.transpose(2, 3)).float() * query.shape[-1] ** -0.5).softmax(-1)[:, :, 0, 1:]
 
-    def project(self, features: Tensor) -> Tensor:
-        return self.projector(features)
+    @property
+    def projected(self) -> Tensor:
+        if self._projected is None:
+            self._projected = self.projector(self.features)
+        return self._projected
+
+    @property
+    def projects_all(self) -> bool:
+        """Whether every feature went through the projector, as it must for methods that choose after it."""
+        return self._projected is not None
 
     def spend(self, flops: float) -> None:
-        self.ledger.flops += flops
+        self.ledger.flops += flops * self.images_per_row
 
 
 def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks | None) -> TowerRun:
@@ -160,19 +177,21 @@ def image_decision(run: TowerRun, stage: VisionOutput | None) -> Replace | None:
         if not run.merged:
             return None
         origin = run.origin[:, skip:] - skip
-        return Replace(run.project(run.features), origin, slot=torch.zeros_like(origin))
+        return Replace(run.projector(run.features), origin, slot=torch.zeros_like(origin))
     decision = stage.select(run)
     if decision is None:
         return None
     if isinstance(decision, Replace):
-        return Replace(run.project(decision.hidden), decision.origin, decision.slot, decision.counts)
+        hidden = decision.hidden if stage.projected else run.projector(decision.hidden)
+        return Replace(hidden, decision.origin, decision.slot, decision.counts)
     counts = decision.counts if decision.counts is not None else decision.mask.sum(1).tolist()
     if min(counts) == decision.mask.shape[1]:
         return None
     # Kept patches first, ascending; rows with fewer are padded at the end.
     index = (~decision.mask).to(torch.int8).argsort(dim=1, stable=True)[:, : max(counts)]
-    chosen = run.features.gather(1, index[..., None].expand(-1, -1, run.features.shape[-1]))
-    return Replace(run.project(chosen), index, counts=counts)
+    tokens = run.projected if run.projects_all else run.features
+    chosen = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    return Replace(chosen if run.projects_all else run.projector(chosen), index, counts=counts)
 
 
 def images_by_row(images: list[int], total: int) -> list[range]:

@@ -200,15 +200,22 @@ class VisionView(Protocol):
         """Attention probabilities [N, H, P] of [CLS] to the patches in tower layer ``layer`` (may be negative)."""
         ...
 
-    def projections(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Full-width queries and keys, each [N, P + 1, d_v], of tower layer ``layer`` on its normed input."""
+    def keys(self, layer: int) -> Tensor:
+        """Keys [N, P + 1, H, hd] of tower layer ``layer`` on its normed input, bias included, not scaled."""
         ...
 
-    def project(self, features: Tensor) -> Tensor:
-        """The multi-modal projector: [N, K, d_v] -> [N, K, d]."""
+    def cls_query(self, layer: int) -> Tensor:
+        """Query [N, H, hd] of [CLS] in tower layer ``layer``, bias included, not scaled."""
         ...
 
-    def spend(self, flops: float) -> None: ...
+    @property
+    def projected(self) -> Tensor:
+        """[N, P, d] ``features`` after the multi-modal projector, computed once."""
+        ...
+
+    def spend(self, flops: float) -> None:
+        """Book method overhead, in FLOPs per image (2 per multiply-add)."""
+        ...
 
 
 class BlockView(Protocol):
@@ -281,10 +288,12 @@ class BeforeLayer:
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """Reduce visual tokens at the tower's output, before the projector."""
+    """Reduce visual tokens at the tower's output, image by image."""
 
     select: Callable[[VisionView], Keep | Replace | None]
     renumber: bool = False
+    projected: bool = False
+    """A :class:`Replace` brings tokens of the LLM's width, made from ``view.projected``."""
 
 
 @dataclass(frozen=True)
