@@ -111,7 +111,7 @@ def _reduce(
         stage.layer: AttentionSignals(decoder.layers[stage.layer], hidden, layout, decoder.rotary_emb, state.ledger)
     }
     if previous is not None:
-        # Right after its layer ran, the cache holds exactly the keys that layer computed: no need to compute them again.
+        # Right after its layer ran, the cache holds exactly the keys that layer computed.
         previous.cached_keys = cached_keys(cache, stage.layer - 1, previous.layout)
         attention[stage.layer - 1] = previous
     view = LayerSignals(

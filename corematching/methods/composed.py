@@ -25,9 +25,8 @@ class Composed(Method):
     def __post_init__(self) -> None:
         shared = self.first.acts_on & self.second.acts_on
         if shared:
-            raise UserError(
-                f"cannot compose {self.first.name!r} with {self.second.name!r}: both reduce {' and '.join(sorted(shared))}"
-            )
+            both = " and ".join(sorted(shared))
+            raise UserError(f"cannot compose {self.first.name!r} with {self.second.name!r}: both reduce {both}")
 
     @property
     def acts_on(self) -> frozenset[str]:  # type: ignore[override]

@@ -1,0 +1,136 @@
+"""FLOPs from the trace: exact, and in the two conventions papers use.
+
+Exact counts are 2 per multiply-add over every matrix product and convolution, attention included at its full
+(unmasked) size, as ``torch.utils.flop_counter.FlopCounterMode`` counts; norms, rotary embeddings and activations are
+left out, as everyone does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from corematching.engine.trace import SampleTrace, Trace
+from corematching.models.families import family_of
+
+
+@dataclass(frozen=True)
+class Flops:
+    """A FLOPs breakdown, 2 per multiply-add."""
+
+    vision: float = 0.0
+    """Vision tower, patch embedding included."""
+    projector: float = 0.0
+    prefill: float = 0.0
+    """Decoder layers over the prompt."""
+    decode: float = 0.0
+    """Decoder layers over the generated tokens."""
+    lm_head: float = 0.0
+    overhead: float = 0.0
+    """The method's own scoring, and its guide model if it has one."""
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    def __truediv__(self, count: float) -> Flops:
+        return Flops(**{f.name: getattr(self, f.name) / count for f in fields(self)})
+
+    def as_dict(self) -> dict[str, float]:
+        """The parts and their ``total``."""
+        return {**asdict(self), "total": self.total}
+
+
+def flops(config: Any, trace: Trace | SampleTrace | Iterable[SampleTrace]) -> Flops:
+    """FLOPs of everything a trace saw, summed over its samples (divide by their number for a mean).
+
+    Parameters
+    ----------
+    config
+        The model's transformers config.
+    trace
+        A trace, or one or several of its samples.
+
+    Returns
+    -------
+    Flops, exact, 2 per multiply-add.
+    """
+    if isinstance(trace, SampleTrace):
+        return _sample_flops(config, trace)
+    samples = trace.samples if isinstance(trace, Trace) else trace
+    return sum((_sample_flops(config, sample) for sample in samples), Flops())
+
+
+def _sample_flops(config: Any, sample: SampleTrace) -> Flops:
+    text = config.text_config
+    prefill = sum(_layer_flops(text, tokens, tokens, text.intermediate_size) for tokens in sample.llm_tokens)
+    return Flops(
+        vision=_vision_flops(config, sample),
+        projector=_projector_flops(config, sample.projected_tokens),
+        prefill=prefill,
+        decode=decode_flops(config, sample, sample.decode_steps),
+        lm_head=2.0 * text.hidden_size * text.vocab_size * sample.head_positions,
+        overhead=sample.overhead_flops + sample.guide_flops,
+    )
+
+
+def decode_flops(config: Any, sample: SampleTrace, steps: int) -> float:
+    """FLOPs of the decoder layers for ``steps`` tokens after this sample's prefill (without lm_head)."""
+    text = config.text_config
+    total = 0.0
+    for kv, neurons in zip(sample.kv_lengths, sample.neurons, strict=True):
+        width = text.intermediate_size if neurons is None or sample.ffn_mode == "masked" else len(neurons)
+        # Step t attends to kv + t rows, itself included; the attention term is linear in that length.
+        average_kv = kv + (steps + 1) / 2
+        total += steps * _layer_flops(text, 1, average_kv, width)
+    return total
+
+
+def _layer_flops(text: Any, queries: float, keys: float, ffn_width: float) -> float:
+    """One decoder layer: ``queries`` tokens attending to ``keys`` rows, ``ffn_width`` neurons in a gated FFN."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    q_width, kv_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    projections = 2 * queries * text.hidden_size * (2 * q_width + 2 * kv_width)
+    attention = 4 * queries * keys * q_width
+    return projections + attention + 6 * queries * text.hidden_size * ffn_width
+
+
+def _vision_flops(config: Any, sample: SampleTrace) -> float:
+    vision = config.vision_config
+    rows, columns = family_of(config).grid(config)
+    width = vision.hidden_size
+    embedding = 2.0 * sample.images * rows * columns * width * vision.num_channels * vision.patch_size**2
+    layers = 0.0
+    for entering, staying in zip(sample.vision_tokens, sample.vision_mlp_tokens, strict=True):
+        per_image = entering / max(sample.images, 1)
+        layers += 8.0 * entering * width**2 + 4.0 * entering * per_image * width
+        layers += 4.0 * staying * width * vision.intermediate_size
+    return embedding + layers
+
+
+def _projector_flops(config: Any, tokens: int) -> float:
+    d_in, d_out = config.vision_config.hidden_size, config.text_config.hidden_size
+    return 2.0 * tokens * (d_in * d_out + d_out * d_out)
+
+
+# ------------------------------------------------------------------------------------------------ papers' conventions
+def fastv_eq5(config: Any, sample: SampleTrace) -> float:
+    """FastV's equation 5: 4nd^2 + 2n^2d + 2ndm per layer over the tokens entering it; 1 per multiply-add, LLM only."""
+    return _convention(config, sample, ffn_products=2)
+
+
+def llama_3ndm(config: Any, sample: SampleTrace) -> float:
+    """The same with a gated FFN's three products: 4nd^2 + 2n^2d + 3ndm; 1 per multiply-add, LLM only."""
+    return _convention(config, sample, ffn_products=3)
+
+
+def _convention(config: Any, sample: SampleTrace, ffn_products: int) -> float:
+    d, m = config.text_config.hidden_size, config.text_config.intermediate_size
+    return float(sum(4 * n * d * d + 2 * n * n * d + ffn_products * n * d * m for n in sample.llm_tokens))
+
+
+CONVENTIONS = {"fastv_eq5": fastv_eq5, "llama_3ndm": llama_3ndm}

@@ -1,0 +1,89 @@
+"""Shared fixtures: a small random LLaVA (64 visual tokens, 6 layers) and prompts for it."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+IMAGE_TOKEN = 99
+IMAGE_TOKENS = 64
+
+
+@pytest.fixture(scope="session")
+def random_llava():
+    """A LLaVA with random weights: 112-px images, 64 visual tokens, 6 decoder layers of width 32, FFN width 48."""
+    config = AutoConfig.for_model(
+        "llava",
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "image_size": 112,
+            "patch_size": 14,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 100,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        image_token_id=IMAGE_TOKEN,
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config).eval()
+        # Default initialisation is so small that every decision is a near tie; spread it out.
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def make_prompt(seed: int, text: int = 12, images: int = 1) -> dict[str, torch.Tensor]:
+    """One prompt: BOS, ``images`` visual spans with text between them, then ``text`` question tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.tensor([1])]
+    for _ in range(images):
+        parts += [torch.randint(3, 99, (4,), generator=generator), torch.full((IMAGE_TOKENS,), IMAGE_TOKEN)]
+    parts.append(torch.randint(3, 99, (text,), generator=generator))
+    ids = torch.cat(parts)[None]
+    pixels = torch.randn(images, 3, 112, 112, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def left_pad(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One left-padded batch of several prompts."""
+    width = max(prompt["input_ids"].shape[1] for prompt in prompts)
+
+    def pad(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (width - tensor.shape[1], 0))
+
+    return {
+        "input_ids": torch.cat([pad(prompt["input_ids"]) for prompt in prompts]),
+        "attention_mask": torch.cat([pad(prompt["attention_mask"]) for prompt in prompts]),
+        "pixel_values": torch.cat([prompt["pixel_values"] for prompt in prompts]),
+    }
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[dict[str, torch.Tensor]]:
+    """Three prompts of different lengths; the last holds two images."""
+    return [make_prompt(0, text=5), make_prompt(1, text=17), make_prompt(2, text=9, images=2)]
