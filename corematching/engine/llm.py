@@ -115,7 +115,14 @@ def _reduce(
         previous.cached_keys = cached_keys(cache, stage.layer - 1, previous.layout)
         attention[stage.layer - 1] = previous
     view = LayerSignals(
-        stage.layer, prompt, hidden, layout, state.ledger, attention, session.activations.get(stage.layer - 1)
+        stage.layer,
+        prompt,
+        hidden,
+        layout,
+        state.ledger,
+        attention,
+        session.activations.get(stage.layer - 1),
+        session.attended.get(stage.layer - 1),
     )
     decision = stage.select(view)
     if decision is None:
@@ -164,6 +171,7 @@ def _after_layer(
             )
             _shrink_kv(stage.select(view), state, index, layer_cache)
     session.activations.pop(index - 1, None)
+    session.attended.pop(index - 1, None)
 
 
 def _shrink_kv(decision: KeepKV | ZeroKV | None, state: PromptState, index: int, layer_cache: Any) -> None:

@@ -72,6 +72,9 @@ class Session:
         self.current: PromptState | None = None
         """The prompt of the latest forward pass."""
         self.activations: dict[int, Tensor] = {}
+        """Per layer: what its FFN's down projection was given in this prefill."""
+        self.attended: dict[int, Tensor] = {}
+        """Per layer: what its FFN was given in this prefill."""
         self.input_ids: Tensor | None = None
         self.tower_run: TowerRun | None = None
         self._undo: list[Callable[[], None]] = []
@@ -90,6 +93,9 @@ class Session:
         for index in sorted(wanted):
             down = self.decoder.layers[index].mlp.down_proj
             self._hook(down.register_forward_pre_hook(functools.partial(self._note_activations, index)))
+        for index in sorted({s.layer - 1 for stages in self.before.values() for s in stages if s.attended}):
+            norm = self.decoder.layers[index].post_attention_layernorm
+            self._hook(norm.register_forward_hook(functools.partial(self._note_attended, index)))
         for index in sorted({*self.choose, *self.predict}):
             mlp = self.decoder.layers[index].mlp
             self._replace(mlp, "forward", functools.partial(self._mlp_forward, index, mlp.forward))
@@ -99,6 +105,7 @@ class Session:
             self._undo.pop()()
         self.states.clear()
         self.activations.clear()
+        self.attended.clear()
         self.tower_run = self.current = self.input_ids = None
 
     def _hook(self, handle: Any) -> None:
@@ -122,6 +129,10 @@ class Session:
     def _note_activations(self, index: int, module: nn.Module, args: tuple) -> None:
         if self.active is None:
             self.activations[index] = args[0]
+
+    def _note_attended(self, index: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.active is None:
+            self.attended[index] = output
 
     def _mlp_forward(self, index: int, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.active is None:
@@ -177,6 +188,7 @@ class Session:
             self.states[cache] = state
         self.current = state
         self.activations.clear()
+        self.attended.clear()
         self.trace.defer(state.samples)
         prompt = Prompt(
             ids,

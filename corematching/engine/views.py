@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ class Prompt:
     valid: Tensor
     image_counts: list[int]
     grid: tuple[int, int]
+    notes: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def question_lengths(self) -> list[int]:
+        index = torch.arange(self.valid.shape[1], device=self.valid.device)
+        after = self.valid & (index > (index * self.visual_mask).amax(1, keepdim=True))
+        return after.sum(1).tolist()
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,6 +109,7 @@ class LayerSignals:
     ledger: Ledger
     _attention: dict[int, AttentionSignals]
     _activations: Tensor | None = None
+    _attended: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -143,6 +152,23 @@ class LayerSignals:
         if self._activations is None:
             raise ValueError("this stage did not ask for activations: declare BeforeLayer(..., activations=True)")
         return self._activations
+
+    @property
+    def entered(self) -> Tensor:
+        return self._signals(self.layer - 1).hidden
+
+    def attended(self) -> Tensor:
+        if self._attended is None:
+            raise ValueError("this stage did not ask for attended states: declare BeforeLayer(..., attended=True)")
+        return self._attended
+
+    def position_kernel(self, layer: int, rows: Tensor) -> Tensor:
+        signals = self._signals(layer)
+        ones = self.hidden.new_ones(rows.shape[0], 1, self.layout.positions.shape[1], signals.attn.head_dim)
+        rotated = rotate(ones, *signals.rotary(self.hidden, position_ids=self.layout.positions))[:, 0]
+        of_rows = rotated.gather(1, rows[..., None].expand(-1, -1, rotated.shape[-1]))
+        self.spend(2 * rows.shape[1] * rotated.shape[1] * rotated.shape[2])
+        return of_rows @ rotated.transpose(1, 2) * signals.attn.scaling
 
     def gather(self, values: Tensor) -> Tensor:
         index = self.layout.visual

@@ -41,6 +41,11 @@ class Geometry:
     vision_feature_layer: int = -2
     """Index into the tower's hidden states from which features are taken."""
 
+    @property
+    def vision_score_layer(self) -> int:
+        """The tower layer whose output becomes the features."""
+        return self.vision_feature_layer % (self.vision_depth + 1) - 1
+
 
 # -------------------------------------------------------------------------------------------------------- decisions
 @dataclass(frozen=True)
@@ -136,6 +141,11 @@ class PromptView(Protocol):
     """Visual tokens per sample before any reduction."""
     grid: tuple[int, int]
     """Patches per image, (rows, columns)."""
+    question_lengths: list[int]
+    """Tokens after the last visual token per sample (on the host; the first use synchronises to count them). They are
+    the last ones of the sequence at every layer."""
+    notes: dict[Any, Any]
+    """Scratch space of this prefill, for what a method works out once and uses at several layers."""
 
 
 class LayerView(Protocol):
@@ -171,6 +181,17 @@ class LayerView(Protocol):
 
     def activations(self) -> Tensor:
         """FFN activations [B, n, I] of the layer before (the stage must declare ``activations=True``)."""
+        ...
+
+    entered: Tensor
+    """[B, n, d] what entered the layer before."""
+
+    def attended(self) -> Tensor:
+        """[B, n, d] the layer before after attention and its norm (the stage must declare ``attended=True``)."""
+        ...
+
+    def position_kernel(self, layer: int, rows: Tensor) -> Tensor:
+        """[B, R, n] what rotary positions alone make of the attention logits: those of all-ones queries and keys."""
         ...
 
     def gather(self, values: Tensor) -> Tensor:
@@ -231,6 +252,10 @@ class BlockView(Protocol):
     origin: Tensor
     """Long [N, T] representative of each token."""
 
+    def spend(self, flops: float) -> None:
+        """Book method overhead, in FLOPs per image."""
+        ...
+
 
 class KVView(Protocol):
     """One decoder layer after its prefill."""
@@ -282,6 +307,8 @@ class BeforeLayer:
     select: Callable[[LayerView], Keep | Replace | None]
     activations: bool = False
     """Ask for the FFN activations of the layer before."""
+    attended: bool = False
+    """Ask for the states of the layer before between its attention (after the norm) and its FFN."""
     renumber: bool = False
     """Give the remaining tokens position ids 0..n-1 instead of their original ones."""
 
