@@ -1,0 +1,107 @@
+"""Which image patches each method keeps, for a few questions: recorded once, drawn in the report.
+
+The store holds counts, not indices, so the overlays come from running the experiment's methods again on a few
+questions; traces are exact. They lie in ``<experiment>/overlays/``: ``overlays.json`` and one PNG per image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corematching.results.evidence import Example
+from corematching.results.tables import budget
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as a row of the tables: its label, its budget in words and the installed object."""
+
+    label: str
+    keep: str
+    method: Any
+
+
+def variants_of(rows: Sequence[Mapping[str, Any]]) -> list[Variant]:
+    """Build the methods of table rows (with ``method``, ``method_name``, ``keep``, ``parameters``)."""
+    import corematching as cm
+
+    variants = []
+    for row in rows:
+        parameters = dict(row["parameters"])
+        second = parameters.pop("with", None)
+        method = cm.build_method(row["method_name"], **parameters)
+        if second:
+            rest = {name: value for name, value in second.items() if name != "name"}
+            method = cm.compose(method, cm.build_method(second["name"], **rest))
+        variants.append(Variant(row["method"], budget(row["keep"]), method))
+    return variants
+
+
+def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Example], folder: Path) -> Path:
+    """Answer the examples under every variant and write the overlays.
+
+    Parameters
+    ----------
+    generator : corematching.evaluation.generator.Generator
+    variants
+        Methods and budgets, in the order shown.
+    examples
+        Questions; those about the same image object share a file.
+    folder
+        ``<experiment>/overlays``; what it holds is replaced.
+
+    Returns
+    -------
+    Path
+        ``overlays.json``.
+    """
+    from corematching.evaluation.generator import Question
+    from corematching.models.families import family_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.png"):
+        leftover.unlink()
+    asked = [Question(one.question, lambda image=one.image: [image], {"max_new_tokens": 16}) for one in examples]
+    entries: list[dict[str, Any]] = []
+    for place, one in enumerate(examples):
+        first = next(index for index, other in enumerate(examples) if other.image == one.image)
+        if first == place:
+            one.image.convert("RGB").save(folder / f"{place}.png")
+        about = {"image": f"{first}.png", "benchmark": one.benchmark, "question": one.question, "target": one.target}
+        entries.append({**about, "answers": []})
+    for variant in variants:
+        for entry, answer in zip(entries, generator.answer(asked, variant.method), strict=True):
+            stages = _stages(answer.trace.visual_tokens)
+            shown = {"method": variant.label, "keep": variant.keep, "prediction": answer.text, "stages": stages}
+            entry["answers"].append(shown)
+    grid = list(family_of(generator.model.config).grid(generator.model.config))
+    path = folder / "overlays.json"
+    text = json.dumps({"schema": SCHEMA, "grid": grid, "examples": entries}, separators=(",", ":"))
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """What :func:`record` wrote, or ``None`` if there is nothing readable."""
+    try:
+        found = json.loads((folder / "overlays.json").read_text(encoding="utf-8"))
+        complete = all((folder / example["image"]).is_file() for example in found["examples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if found.get("schema") == SCHEMA and complete else None
+
+
+def _stages(by_layer: Sequence[Any]) -> list[dict[str, Any]]:
+    """Kept tokens where they change: the first layer they enter, and their original indices."""
+    stages: list[dict[str, Any]] = []
+    for layer, tokens in enumerate(by_layer):
+        kept = [index for index in tokens.tolist() if index >= 0]
+        if not stages or kept != stages[-1]["kept"]:
+            stages.append({"layer": layer, "kept": kept})
+    return stages
