@@ -210,8 +210,10 @@ class Session:
         if run is None:
             raise UserError("vision-side methods need pixel_values to pass through the installed model")
         run.prompt = prompt
-        run.ledger = state.ledger
         run.images_per_row = sum(state.images) / len(state.images)
+        # What the blocks booked, per image, before there was a prompt; from here on the run books to the prompt.
+        state.ledger.flops += run.ledger.flops * run.images_per_row
+        run.ledger = state.ledger
         total = run.states[0].shape[0]
         state.vision_tokens = [tokens * sum(state.images) // total for tokens in run.attention_tokens]
         state.vision_mlp_tokens = [tokens * sum(state.images) // total for tokens in run.mlp_tokens]

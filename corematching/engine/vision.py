@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from corematching.engine.layout import Layout
 from corematching.engine.views import Ledger, Prompt
 from corematching.errors import UserError
-from corematching.methods.base import Replace, VisionBlocks, VisionOutput
+from corematching.methods.base import Merge, Replace, VisionBlocks, VisionOutput
 from corematching.models.families import Family
 
 
@@ -25,6 +25,10 @@ class Block:
     keys: Tensor
     sizes: Tensor
     origin: Tensor
+    ledger: Ledger
+
+    def spend(self, flops: float) -> None:
+        self.ledger.flops += flops
 
 
 @dataclass
@@ -117,19 +121,18 @@ def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks |
             "valid is one layer (an int)"
         )
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    states, attention_tokens, mlp_tokens = [hidden], [], []
-    sizes = torch.ones_like(hidden[..., :1])
     origin = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-    origins = [origin]
+    state, ledger = Merge(hidden, torch.ones_like(hidden[..., :1]), origin), Ledger()
+    states, origins, attention_tokens, mlp_tokens = [hidden], [origin], [], []
     for index, layer in enumerate(tower.encoder.layers):
-        attention_tokens.append(hidden.shape[0] * hidden.shape[1])
+        attention_tokens.append(state.origin.numel())
         if blocks is None:
-            hidden = layer(hidden, None)
+            state = replace(state, hidden=layer(state.hidden, None))
         else:
-            hidden, sizes, origin = _merging_block(layer, index, hidden, sizes, origin, blocks, states[0].shape[1])
-        mlp_tokens.append(hidden.shape[0] * hidden.shape[1])
-        states.append(hidden)
-        origins.append(origin)
+            state = _merging_block(layer, index, state, blocks, hidden.shape[1], ledger)
+        mlp_tokens.append(state.origin.numel())
+        states.append(state.hidden)
+        origins.append(state.origin)
     feature_index = config.vision_feature_layer % len(states)
     return TowerRun(
         tower=tower,
@@ -141,28 +144,30 @@ def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks |
         grid=family.grid(config),
         attention_tokens=attention_tokens,
         mlp_tokens=mlp_tokens,
+        ledger=ledger,
     )
 
 
-def _merging_block(
-    layer: Any, index: int, hidden: Tensor, sizes: Tensor, origin: Tensor, blocks: VisionBlocks, patches: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One tower block with merging between the attention residual and the MLP (ToMe, section 3)."""
+def _merging_block(layer: Any, index: int, state: Merge, blocks: VisionBlocks, tokens: int, ledger: Ledger) -> Merge:
+    """One tower block with merging between the attention residual and the MLP (ToMe, section 3).
+
+    ``tokens`` is the length of the sequence before any merge.
+    """
     attn = layer.self_attn
-    # All sizes are 1 in the first block: no bias then, so that merging nothing stays the dense computation.
-    bias = sizes.log().transpose(1, 2)[:, None] if blocks.weigh_attention and sizes.shape[1] < patches else None
+    # All sizes are 1 before the first merge: no bias then, so that merging nothing stays the dense computation.
+    weigh = blocks.weigh_attention and state.hidden.shape[1] < tokens
+    bias = state.sizes.log().transpose(1, 2)[:, None] if weigh else None
     captured: list[Tensor] = []
     handle = attn.k_proj.register_forward_hook(lambda module, inputs, output: captured.append(output))
     try:
-        attended, _ = attn(hidden_states=layer.layer_norm1(hidden), attention_mask=bias)
+        attended, _ = attn(hidden_states=layer.layer_norm1(state.hidden), attention_mask=bias)
     finally:
         handle.remove()
-    hidden = hidden + attended
+    hidden = state.hidden + attended
     keys = captured[0].unflatten(-1, (-1, attn.head_dim))
-    merge = blocks.merge(Block(index, hidden, keys, sizes, origin))
-    if merge is not None:
-        hidden, sizes, origin = merge.hidden, merge.sizes, merge.origin
-    return hidden + layer.mlp(layer.layer_norm2(hidden)), sizes, origin
+    merge = blocks.merge(Block(index, hidden, keys, state.sizes, state.origin, ledger))
+    merged = replace(state, hidden=hidden) if merge is None else merge
+    return replace(merged, hidden=merged.hidden + layer.mlp(layer.layer_norm2(merged.hidden)))
 
 
 def image_decision(run: TowerRun, stage: VisionOutput | None) -> Replace | None:

@@ -34,6 +34,12 @@ def keep_top(scores: Tensor, keep: Budget, valid: Tensor, counts: list[int], tot
     return Keep((rank < limit) & valid, wanted)
 
 
+def keep_top_patches(scores: Tensor, keep: Budget) -> Keep:
+    """Keep the highest-scoring patches of every image: [N, P] scores, no padding."""
+    images, patches = scores.shape
+    return keep_top(scores, keep, torch.ones_like(scores, dtype=torch.bool), [patches] * images)
+
+
 def elbow_keep(scores: Tensor, valid: Tensor) -> Tensor:
     """Keep tokens above the elbow of the sorted score curve ("maximum geometric distance").
 

@@ -1,0 +1,68 @@
+"""ToMe before the LLM: merge projected visual tokens until the budget is met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from corematching.methods.base import (
+    Budget,
+    Geometry,
+    Method,
+    Replace,
+    Stage,
+    VisionOutput,
+    VisionView,
+    check_budget,
+    check_count,
+    count_of,
+)
+from corematching.methods.bipartite import bipartite_match, matching_flops
+
+
+@dataclass(frozen=True)
+class ToMePreLLM(Method):
+    """Token merging applied once between projector and LLM (the tower stays dense).
+
+    Rounds of ToMe's bipartite soft matching (arXiv 2210.09461) run on the projected tokens until ``keep`` are left;
+    each round merges at most half of them. The metric is the projected feature itself; means are weighted by size.
+    This form is what papers on LLM-side pruning compare with under the name ToMe; there is no official code for it.
+
+    Merged tokens are listed, ordered and positioned by the patch of the odd-position token they merged into.
+
+    Parameters
+    ----------
+    keep
+        Visual tokens to keep per image (count or fraction); met exactly.
+    """
+
+    keep: Budget
+    acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
+
+    def __post_init__(self) -> None:
+        check_budget("keep", self.keep)
+
+    def stages(self, geometry: Geometry) -> list[Stage]:
+        check_count("keep", self.keep, geometry.image_tokens)
+        return [VisionOutput(self.select, projected=True)]
+
+    def select(self, view: VisionView) -> Replace | None:
+        patches = view.features.shape[1]
+        keep = count_of(self.keep, patches)
+        if keep == patches:
+            return None
+        hidden = view.projected
+        sizes = torch.ones_like(hidden[..., :1])
+        origin = torch.arange(patches, device=hidden.device).expand(hidden.shape[:2])
+        while hidden.shape[1] > keep:
+            matching = bipartite_match(hidden, hidden.shape[1] - keep, class_token=False)
+            assert matching is not None  # two or more tokens always leave a pair to merge
+            view.spend(matching_flops(*hidden.shape[1:]))
+            merged = matching.merge(hidden, sizes, origin)
+            # Back to raster order, so that the next round pairs neighbours as the first one did.
+            order = merged.origin.argsort(dim=1)
+            hidden = merged.hidden.gather(1, order[..., None].expand_as(merged.hidden))
+            sizes, origin = merged.sizes.gather(1, order[..., None]), merged.origin.gather(1, order)
+        return Replace(hidden, origin)

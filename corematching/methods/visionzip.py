@@ -1,0 +1,116 @@
+"""VisionZip: dominant patches, and the rest merged into a few contextual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from corematching.errors import UserError
+from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput, VisionView
+
+
+@dataclass(frozen=True)
+class VisionZip(Method):
+    """VisionZip (CVPR 2025, arXiv 2412.04467; repository dvlab-research/VisionZip).
+
+    Dominant tokens: [CLS] and the ``dominant - 1`` patches it looks at most in the tower layer whose output becomes
+    the features (heads summed). Contextual tokens: of the remaining patches, evenly strided ones become targets; every
+    other one is assigned to its most similar target (keys of that layer, mean over heads, cosine); a contextual token
+    is the target plus the mean of what was assigned to it. The LLM gets [CLS], dominant patches ascending, then
+    contextual tokens, with consecutive position ids.
+
+    The official count includes [CLS], which plain LLaVA drops: ``dominant=54, contextual=10`` are 64 tokens. If the
+    counts add up to all patches or more, nothing is reduced and the model is dense (without [CLS]). In the trace,
+    dominant patches are listed by index, [CLS] and contextual tokens (sums) as -1.
+
+    Differences from the official code: none known. The paper calls the contextual tokens averages; the official code
+    adds the mean to the target, and so does this.
+
+    Parameters
+    ----------
+    dominant
+        Dominant tokens per image, [CLS] included.
+    contextual
+        Contextual tokens per image; 0 leaves them out.
+    """
+
+    dominant: int
+    contextual: int
+    acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("dominant", self.dominant, 1), ("contextual", self.contextual, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{name}={value!r} is not valid: give a count >= {least}")
+
+    def stages(self, geometry: Geometry) -> list[Stage]:
+        total, patches = self.dominant + self.contextual, geometry.image_tokens
+        if total > patches + 1:
+            raise UserError(
+                f"dominant={self.dominant} and contextual={self.contextual} are {total} tokens, more than the "
+                f"{patches} patches of an image and [CLS]: give at most {patches + 1} in all"
+            )
+        if total >= patches:
+            return []
+        layer = geometry.vision_score_layer
+
+        def select(view: VisionView) -> Replace:
+            scores = view.cls_attention(layer).sum(1)
+            hidden = torch.cat([view.cls[:, None], view.features], 1)
+            tokens, patch = zip_tokens(hidden, scores, view.keys(layer).mean(2), self.dominant, self.contextual)
+            rest = patches + 1 - self.dominant
+            view.spend(2 * rest * self.contextual * view.keys(layer).shape[-1])
+            origin = patch.masked_fill(torch.arange(total, device=patch.device) >= self.dominant, -1)
+            return Replace(tokens, origin, slot=torch.zeros_like(origin))
+
+        return [VisionOutput(select, renumber=True)]
+
+
+def zip_tokens(hidden: Tensor, scores: Tensor, metric: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor]:
+    """Dominant and contextual tokens.
+
+    Parameters
+    ----------
+    hidden
+        [N, P + 1, d_v], [CLS] first.
+    scores
+        [N, P] how much [CLS] looks at each patch.
+    metric
+        [N, P + 1, C] similarity metric, not normalised.
+    dominant, contextual
+        Counts as in :class:`VisionZip`, together fewer than P + 1.
+
+    Returns
+    -------
+    Tokens [N, dominant + contextual, d_v] in the official order, and for each its patch (long; -1 for [CLS], the target
+    for contextual tokens).
+    """
+    images, length = hidden.shape[:2]
+    top = scores.topk(dominant - 1, dim=1).indices + 1
+    is_dominant = torch.zeros_like(hidden[..., 0], dtype=torch.int8).scatter(1, top, 1)
+    is_dominant[:, 0] = 1
+    order = is_dominant.argsort(dim=1, descending=True, stable=True)
+    first, rest = order[:, :dominant], order[:, dominant:]
+    if contextual == 0:
+        return _rows(hidden, first), first - 1
+    stride = max(1, rest.shape[1] // contextual)
+    is_target = torch.zeros(length - dominant, dtype=torch.bool, device=hidden.device)
+    is_target[::stride][:contextual] = True
+    target, other = rest[:, is_target], rest[:, ~is_target]
+    unit = F.normalize(metric, dim=-1)
+    assigned = (_rows(unit, other) @ _rows(unit, target).transpose(1, 2)).argmax(2)
+    sums = hidden.new_zeros(images, contextual, hidden.shape[2])
+    sums = sums.scatter_add(1, assigned[..., None].expand(-1, -1, hidden.shape[2]), _rows(hidden, other))
+    counts = hidden.new_zeros(images, contextual).scatter_add(
+        1, assigned, torch.ones_like(assigned, dtype=hidden.dtype)
+    )
+    merged = _rows(hidden, target) + sums / counts.clamp(min=1)[..., None]
+    return torch.cat([_rows(hidden, first), merged], 1), torch.cat([first, target], 1) - 1
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
