@@ -1,0 +1,210 @@
+"""SparseVLM: text tokens that care about the image rate its tokens; what is pruned is partly recycled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from corematching.errors import UserError
+from corematching.methods.base import (
+    BeforeLayer,
+    Budget,
+    Geometry,
+    Keep,
+    LayerView,
+    Method,
+    PromptView,
+    Replace,
+    Stage,
+    check_budget,
+    check_choice,
+    check_count,
+    check_layer,
+    count_of,
+)
+from corematching.methods.clustering import cluster_means, density_peak_clusters
+from corematching.methods.selection import keep_top
+
+SCHEDULES = {
+    "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "2.0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
+"""Tokens kept after each pruning layer, by version and nominal budget (an average over the layers)."""
+
+
+@dataclass(frozen=True)
+class SparseVLM(Method):
+    """SparseVLM (ICML 2025, arXiv 2410.04417; repository Gumpest/SparseVLMs).
+
+    Question tokens whose embedding matches the visual tokens better than average are *raters*, chosen once before
+    layer 0. At the output of every layer in ``layers``, visual tokens are scored by the raters' mean attention in that
+    layer and all but the layer's count of ``schedule`` leave.
+
+    Version "1.5" averages all heads, then recycles: the best 30 % (plus one) of the pruned tokens are clustered, one
+    cluster per ten tokens (plus one), and each cluster's mean goes on as a new token between the kept visual tokens
+    and the question. Remaining tokens get new position ids 0..n-1. Version "2.0" (SparseVLM+) divides attention by
+    what rotary positions alone would give, averages the ``priority_heads`` heads with the largest corrected attention
+    only, recycles nothing and keeps position ids.
+
+    Differences from the paper: counts come from fixed lists, as in the official code; the paper derives them from the
+    rank of the attention matrix. Differences from the official code: ties in the clustering are broken by order
+    instead of random noise; a layer whose count is not below what is there prunes nothing (the official code always
+    drops one token); without any rater, all question tokens rate; question tokens are those after the last image.
+
+    Parameters
+    ----------
+    version
+        "1.5" or "2.0".
+    keep
+        Nominal budget with an official list: 192, 128, 96 or 64 (an average over 32 layers, not a count at any layer).
+    schedule
+        Tokens kept after each of ``layers`` instead (counts, or fractions of the original number); recycled tokens
+        come on top.
+    layers
+        Decoder layers whose output is pruned.
+    priority_heads
+        Heads that count in version 2.0; the official code has 14 whatever the model.
+    """
+
+    version: str
+    keep: int
+    schedule: tuple[Budget, ...] | None
+    layers: tuple[int, ...]
+    priority_heads: int
+    acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", str(self.version))
+        check_choice("version", self.version, tuple(SCHEDULES))
+        if self.schedule is None:
+            if self.keep not in SCHEDULES[self.version]:
+                valid = ", ".join(map(str, SCHEDULES[self.version]))
+                raise UserError(f"keep={self.keep!r} is not valid: give {valid}, or a schedule of one count per layer")
+        elif len(self.schedule) != len(self.layers):
+            raise UserError(
+                f"schedule={list(self.schedule)} is not valid: give one entry for each of layers={list(self.layers)}"
+            )
+        for budget in self.budgets:
+            check_budget("schedule", budget)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Tokens kept after each pruning layer."""
+        return SCHEDULES[self.version][self.keep] if self.schedule is None else self.schedule
+
+    def stages(self, geometry: Geometry) -> list[Stage]:
+        if len(self.budgets) != len(self.layers):
+            raise UserError(
+                f"layers={list(self.layers)} is not valid: keep={self.keep} needs {len(self.budgets)} layers"
+            )
+        if self.version == "2.0" and not 1 <= self.priority_heads <= geometry.heads:
+            raise UserError(f"priority_heads={self.priority_heads} is not valid: give 1 to {geometry.heads}")
+        stages: list[Stage] = []
+        for layer, budget in zip(self.layers, self.budgets, strict=True):
+            check_layer("layers", layer, geometry.depth - 1, first=stages[-1].layer if stages else 0)
+            check_count("schedule", budget, geometry.image_tokens)
+            stages.append(BeforeLayer(layer + 1, _Pruning(self, budget), renumber=self.version == "1.5"))
+        return stages
+
+    def scores(self, view: LayerView) -> Tensor:
+        """[B, V], higher = keep."""
+        raters, weights = rater_rows(view.prompt, view.hidden.shape[1])
+        attention = view.attention(view.layer - 1, raters)
+        if self.version == "1.5":
+            return view.gather((attention.mean(1) * weights[..., None]).sum(1))
+        attention = attention / view.position_kernel(view.layer - 1, raters)[:, None]
+        # The raters' mean first, then visual columns: [B, H, V].
+        per_head = (attention * weights[:, None, :, None]).sum(2)
+        visual = view.visual[:, None].expand(-1, per_head.shape[1], -1)
+        per_head = per_head.gather(2, visual) * view.visual_valid[:, None]
+        heads = per_head.sum(2).topk(self.priority_heads, dim=1).indices
+        return per_head.gather(1, heads[..., None].expand(-1, -1, per_head.shape[2])).mean(1)
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """What happens at one pruning layer."""
+
+    method: SparseVLM
+    budget: Budget
+
+    def __call__(self, view: LayerView) -> Keep | Replace | None:
+        totals = view.prompt.image_counts
+        wanted = [count_of(self.budget, total) if total else 0 for total in totals]
+        if all(keep >= now for keep, now in zip(wanted, view.visual_counts, strict=True)):
+            return None
+        scores = self.method.scores(view)
+        kept = keep_top(scores, self.budget, view.visual_valid, view.visual_counts, totals)
+        return kept if self.method.version == "2.0" else recycle(view, scores, kept)
+
+
+def rater_rows(prompt: PromptView, length: int) -> tuple[Tensor, Tensor]:
+    """The raters as rows of a sequence of ``length`` tokens (long [B, R]) and their weights ([B, R], sum 1).
+
+    Raters depend on the prompt alone, so they are found once per prefill.
+    """
+    if "sparsevlm" not in prompt.notes:
+        prompt.notes["sparsevlm"] = _find_raters(prompt)
+    from_end, weights = prompt.notes["sparsevlm"]
+    return length - from_end, weights
+
+
+def _find_raters(prompt: PromptView) -> tuple[Tensor, Tensor]:
+    """Raters as distances from the sequence's end (long [B, R], 1 = last token), and their weights."""
+    longest = max(1, *prompt.question_lengths)
+    lengths = torch.tensor(prompt.question_lengths, device=prompt.valid.device)[:, None]
+    question = torch.arange(longest, 0, -1, device=prompt.valid.device) <= lengths.clamp(min=1)
+    visual = prompt.visual_mask.float()[..., None]
+    logits = prompt.embeds @ prompt.embeds[:, -longest:].transpose(1, 2)
+    match = logits.float().masked_fill(~question[:, None], -torch.inf).softmax(2)
+    scores = (match * visual).sum(1) / visual.sum(1).clamp(min=1)
+    mean = scores.sum(1, keepdim=True) / question.sum(1, keepdim=True)
+    chosen = (scores > mean) & question
+    chosen = torch.where(chosen.any(1, keepdim=True), chosen, question)
+    width = max(chosen.sum(1).tolist())
+    index = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+    weights = chosen.gather(1, index).float()
+    return longest - index, weights / weights.sum(1, keepdim=True)
+
+
+def recycle(view: LayerView, scores: Tensor, kept: Keep) -> Replace:
+    """Kept tokens, then the means of clusters of the best pruned ones, per sample."""
+    assert kept.counts is not None
+    states = view.gather(view.hidden)
+    cuts = list(zip(view.visual_counts, kept.counts, strict=True))
+    counts = [keep + recycled_counts(now - keep)[1] for now, keep in cuts]
+    hidden = states.new_zeros(len(cuts), max(counts), states.shape[2])
+    origin = view.visual.new_full(hidden.shape[:2], -1)
+    slot = torch.zeros_like(origin)
+    for cut in sorted(set(cuts)):
+        # Samples with the same counts go together; usually that is the whole batch.
+        rows = torch.tensor([row for row, own in enumerate(cuts) if own == cut], device=states.device)
+        now, keep = cut
+        index = (~kept.mask[rows, :now]).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
+        merged = _recycled_tokens(states[rows, :now], scores[rows, :now], kept.mask[rows, :now], now - keep)
+        width = keep + merged.shape[1]
+        hidden[rows, :width] = torch.cat([states[rows[:, None], index], merged], 1)
+        origin[rows, :keep] = index
+        slot[rows, :keep] = index
+        slot[rows, keep:width] = now - 1
+    return Replace(hidden, origin, slot, counts)
+
+
+def recycled_counts(pruned: int) -> tuple[int, int]:
+    """How many of ``pruned`` tokens are recycled, and into how many clusters."""
+    recycled = int(0.3 * pruned) + 1 if pruned else 0
+    return recycled, recycled // 10 + 1 if recycled else 0
+
+
+def _recycled_tokens(states: Tensor, scores: Tensor, kept: Tensor, pruned: int) -> Tensor:
+    """[B, clusters, d] out of the best pruned tokens of [B, V, d]."""
+    recycled, clusters = recycled_counts(pruned)
+    if not clusters:
+        return states[:, :0]
+    best = scores.float().masked_fill(kept, -torch.inf).topk(recycled, dim=1).indices
+    members = states.gather(1, best[..., None].expand(-1, -1, states.shape[2]))
+    _, assignment = density_peak_clusters(members, clusters)
+    return cluster_means(members, assignment, clusters)

@@ -1,0 +1,106 @@
+"""Language-side comparisons with the official implementations' recorded outputs (``goldens/llm``)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from parity import ParityRow
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import corematching as cm
+
+LOGITS = 1e-3
+
+
+@functools.cache
+def load_tiny(folder: Path) -> Any:
+    """The random LLaVA the cases were recorded with, in float32."""
+    return AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def run(model: Any, method: cm.registry.Method, golden: dict[str, Tensor]) -> tuple[Any, Tensor, list[int]]:
+    """Prefill trace, last logits and eight greedy tokens of a recorded prompt."""
+    ids = golden["input_ids"]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "image_features" in golden:
+        # Cases kept in this repository hold the projected features instead of the much larger pixels.
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[golden["image_features"]])}
+    else:
+        inputs["pixel_values"] = golden["pixel_values"].float()
+    with method(model) as trace:
+        output = model.generate(
+            **inputs,
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    return trace.samples[0], output.logits[0][0], output.sequences[0, ids.shape[1] :].tolist()
+
+
+def same(kept: Tensor, golden: Tensor) -> bool:
+    return torch.equal(kept.long(), golden)
+
+
+# ---------------------------------------------------------------------------------------------- one function per method
+Outcome = tuple[bool, float]
+"""Whether all indices agree, and the largest difference of the compared numbers."""
+
+
+def whole_model(
+    method: cm.registry.Method, kept: Callable[[Any], bool], golden: dict[str, Tensor], model: Any
+) -> Outcome:
+    """Compare kept sets (``kept`` judges the trace), greedy tokens and the last logits."""
+    trace, logits, tokens = run(model, method, golden)
+    equal = kept(trace) and tokens == golden["greedy_ids"].tolist()
+    return equal, float((logits - golden["logits_last"]).abs().max())
+
+
+def fastv(case: dict, golden: dict[str, Tensor], model: Any) -> Outcome:
+    layer, keep = case["hyper_parameters"]["K"], len(golden["kept"])
+    method = cm.build_method("fastv", layer=layer, keep=keep)
+    return whole_model(method, lambda trace: same(trace.visual_tokens[layer], golden["kept"]), golden, model)
+
+
+def corematching_release(case: dict, golden: dict[str, Tensor], model: Any) -> Outcome:
+    zeroed = sum(576 - len(golden[f"kept_layer_{layer}"]) for layer in range(5, 19))
+    method = cm.build_method("corematching_release")
+    return whole_model(method, lambda trace: trace.zeroed_kv == zeroed, golden, model)
+
+
+def sparsevlm(case: dict, golden: dict[str, Tensor], model: Any) -> Outcome:
+    parameters = case["hyper_parameters"]
+    method = cm.build_method(
+        "sparsevlm",
+        version=case["version"][:3].replace("_", "."),
+        keep=parameters["RETAIN_TOKN"],
+        layers=parameters["pruning_loc"],
+        priority_heads=parameters.get("priority_heads", 14),
+    )
+
+    def kept(trace: Any) -> bool:
+        slots = [golden[f"slots_after_layer_{layer}"].clamp(min=-1).sort().values for layer in method.layers]
+        return all(same(trace.visual_tokens[layer + 1], own) for layer, own in zip(method.layers, slots, strict=True))
+
+    return whole_model(method, kept, golden, model)
+
+
+def pyramiddrop(case: dict, golden: dict[str, Tensor], model: Any) -> Outcome:
+    parameters = case["hyper_parameters"]
+    layers = parameters["layer_list"]
+    method = cm.build_method("pyramiddrop", layers=layers, keeps=parameters["image_token_ratio_list"])
+
+    def kept(trace: Any) -> bool:
+        return all(same(trace.visual_tokens[layer], golden[f"kept_layer_{layer}"]) for layer in layers)
+
+    return whole_model(method, kept, golden, model)
