@@ -173,11 +173,11 @@ def score_entry(cell: dict | None, spread: bool = False) -> Entry:
     if cell is None:
         return hole("not run")
     if cell["status"] == "failed":
-        return hole(f"failed: {cell['error']}"[:160])
+        return hole(f"failed: {cell['error']}"[:160], cell["id"])
     if cell["status"] == "not_scored" or not math.isfinite(cell["value"]):
-        return hole(f"not scored: {cell['note'] or 'no score was stored'}"[:160])
+        return hole(f"not scored: {cell['note'] or 'no score was stored'}"[:160], cell["id"])
     half = f" ± {(cell['high'] - cell['low']) / 2:.1f}" if spread and math.isfinite(cell["low"]) else ""
-    return number(cell["value"], spread=half, tie=bool(cell["tie"]), detail=_detail(cell))
+    return number(cell["value"], spread=half, tie=bool(cell["tie"]), detail=_detail(cell), cell=cell["id"])
 
 
 def _detail(cell: dict) -> str:

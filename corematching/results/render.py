@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from corematching.results.tables import TIE, Entry, Table
+from corematching.results.tables import TIE, Column, Entry, Table
 
 LATEX_ESCAPES = str.maketrans(
     {
@@ -119,20 +119,24 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
 
 
-def to_html(table: Table) -> str:
-    """A ``<section>`` with a sortable, filterable table (the report adds the script); all text is escaped."""
-    holes = table.holes()
+def to_html(table: Table, links: Mapping[str, str] | None = None) -> str:
+    """A ``<section>`` with the table (the report makes it sortable); all text is escaped.
 
-    def show(entry: Entry) -> str:
+    ``links`` gives the address of a cell by its id; without it numbers are not linked.
+    """
+    holes, links = table.holes(), links or {}
+
+    def show(entry: Entry, column: Column) -> str:
         text = _wrap(html.escape(entry.text), entry.mark, "<strong>{}</strong>", "<u>{}</u>")
-        if entry.link:
-            text = f'<a href="{html.escape(entry.link)}">{text}</a>'
+        if entry.cell in links:
+            text = f'<a href="{html.escape(links[entry.cell])}">{text}</a>'
         text += html.escape(entry.spread)
         tie = f' <span class="tie" title="not told apart from dense">{TIE}</span>' if entry.tie else ""
         note = f"<sup>{holes.index(entry.reason) + 1}</sup>" if entry.reason else ""
         value = "" if entry.value is None else f' data-value="{entry.value!r}"'
         hint = f' title="{html.escape(entry.detail or entry.reason)}"' if entry.detail or entry.reason else ""
-        return f"<td{value}{hint}>{text}{tie}{note}</td>"
+        kind = ' class="number"' if column.numeric else ""
+        return f"<td{kind}{value}{hint}>{text}{tie}{note}</td>"
 
     lines = [f'<section class="table" id="table-{html.escape(table.name)}">', f"<h3>{html.escape(table.title)}</h3>"]
     if table.banner:
@@ -140,7 +144,7 @@ def to_html(table: Table) -> str:
     titles = [f'<th class="{"number" if c.numeric else "word"}">{html.escape(c.title)}</th>' for c in table.columns]
     lines += ["<table>", f"<thead><tr>{''.join(titles)}</tr></thead>", "<tbody>"]
     for row in table.rows:
-        fields = "".join(show(entry) for entry in row.entries)
+        fields = "".join(show(entry, column) for entry, column in zip(row.entries, table.columns, strict=True))
         lines.append(f'<tr data-block="{html.escape(row.block or "")}">{fields}</tr>')
     lines += ["</tbody>", "</table>", f'<p class="caption">{html.escape(table.caption)}</p>']
     if holes:

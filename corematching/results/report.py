@@ -62,17 +62,18 @@ def _content(aggregation: Aggregation, base: Path, overlay_folder: Path | None) 
     groups = contexts(cells) if len(cells) else []
     pareto = _pareto(groups[0][1], aggregation.efficiency) if groups else None
     shown = overlays.load(overlay_folder) if overlay_folder else None
+    links = {cell.id: _address(cell.folder, base) for cell in everything.itertuples()}
     content = {
         "title": "CoreMatching-Bench: " + ", ".join(sorted(set(everything["experiment"]))),
         "banner": MINI_BANNER if (everything["data"] == "mini").any() else "",
         "facts": _facts(everything),
-        "tables": [to_html(table) for table in aggregation.tables],
+        "tables": [to_html(table, links) for table in aggregation.tables],
         "pareto": json_in_html(pareto) if pareto else "",
         "pareto_axes": pareto["axes"] if pareto else [],
         "overlays": json_in_html(_with_images(shown, overlay_folder)) if shown and overlay_folder else "",
         "figures": [item for suffix, group in groups for item in _figures(suffix, group, aggregation.efficiency)],
         "answers": [block for _, group in groups for block in _answers(aggregation, group)],
-        "cells": [_cell(cell, base) for cell in everything.itertuples()],
+        "cells": [_cell(cell, links[cell.id]) for cell in everything.itertuples()],
         "problems": [str(problem) for problem in aggregation.results.problems],
         "provenance": _provenance(everything),
         "plotly": plotly_script() if pareto else "",
@@ -203,10 +204,14 @@ def _disagreements(heading: str, tables: Sequence[tuple[Any, pd.DataFrame]]) -> 
     return {"title": heading, "labels": labels, "rows": rows}
 
 
-def _cell(cell: Any, base: Path) -> dict[str, Any]:
+def _address(folder: str, base: Path) -> str:
+    return Path(os.path.relpath(Path(folder) / "cell.json", base)).as_posix()
+
+
+def _cell(cell: Any, link: str) -> dict[str, Any]:
     return {
         **{name: getattr(cell, name) for name in ("id", "status", "kind", "model", "method", "benchmark")},
-        "link": Path(os.path.relpath(Path(cell.folder) / "cell.json", base)).as_posix(),
+        "link": link,
         "keep": budget(cell.keep),
         "n": f"{cell.n:g}" if math.isfinite(cell.n) else "",
         "seconds": f"{cell.seconds:.1f}" if math.isfinite(cell.seconds) else "",

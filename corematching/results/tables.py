@@ -35,8 +35,8 @@ class Entry:
         More about the number (its interval, its p-value): a tooltip in HTML.
     reason
         Why there is no number, for holes.
-    link
-        Relative address of the cell's folder, for HTML.
+    cell
+        Id of the cell that the number comes from.
     """
 
     text: str
@@ -46,7 +46,7 @@ class Entry:
     tie: bool = False
     detail: str = ""
     reason: str = ""
-    link: str = ""
+    cell: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,20 @@ class Table:
         return list(dict.fromkeys(entry.reason for row in self.rows for entry in row.entries if entry.reason))
 
 
-def word(text: object, link: str = "") -> Entry:
+def word(text: object) -> Entry:
     """An entry that is no number."""
-    return Entry(str(text), link=link)
+    return Entry(str(text))
 
 
-def hole(reason: str, link: str = "") -> Entry:
+def hole(reason: str, cell: str = "") -> Entry:
     """An entry without a number, and why."""
-    return Entry(HOLE, reason=" ".join(reason.split()) or "not measured", link=link)
+    return Entry(HOLE, reason=" ".join(reason.split()) or "not measured", cell=cell)
 
 
 def number(value: float | None, digits: int = 1, reason: str = "not measured", **more) -> Entry:
     """A number with a fixed count of decimals; a hole if there is none."""
     if value is None or not math.isfinite(value):
-        return hole(reason, more.get("link", ""))
+        return hole(reason, more.get("cell", ""))
     text = f"{value:.{digits}f}"
     return Entry("0" if digits == 0 and text == "-0" else text, float(value), **more)
 
@@ -121,7 +121,7 @@ def number(value: float | None, digits: int = 1, reason: str = "not measured", *
 def significant(value: float | None, digits: int = 3, reason: str = "not measured", **more) -> Entry:
     """A number with a fixed count of significant digits and no exponent; a hole if there is none."""
     if value is None or not math.isfinite(value):
-        return hole(reason, more.get("link", ""))
+        return hole(reason, more.get("cell", ""))
     if value == 0:
         return Entry("0", 0.0, **more)
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))

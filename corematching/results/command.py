@@ -1,0 +1,63 @@
+"""The command lines behind ``scripts/aggregate.py`` and ``scripts/report.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from corematching.errors import UserError
+from corematching.results.publish import OVERLAYS, publish
+
+
+def aggregate_command(arguments: Sequence[str] | None = None) -> int:
+    """Write tables and figures; returns the exit status (2: wrong input)."""
+    parser = argparse.ArgumentParser(prog="aggregate.py", description="Tables and figures of finished experiments.")
+    parser.add_argument("experiments", nargs="+", type=Path, help="experiment folders, results/<experiment>")
+    parser.add_argument("--out", type=Path, help="where to write (default: the experiment's own folder)")
+    parser.add_argument("--no-figures", action="store_true", help="tables only")
+    chosen = parser.parse_args(arguments)
+    return _run(lambda: _aggregate(chosen))
+
+
+def report_command(arguments: Sequence[str] | None = None) -> int:
+    """Write the report; returns the exit status (2: wrong input)."""
+    parser = argparse.ArgumentParser(prog="report.py", description="One self-contained page about experiments.")
+    parser.add_argument("experiments", nargs="+", type=Path, help="experiment folders, results/<experiment>")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the experiment's folder)")
+    parser.add_argument("--overlays", type=int, default=0, metavar="N", help="record overlays for N images first")
+    chosen = parser.parse_args(arguments)
+    return _run(lambda: _report(chosen))
+
+
+def _run(action: Callable[[], None]) -> int:
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _aggregate(chosen: Any) -> None:
+    if len(chosen.experiments) > 1 and chosen.out is None:
+        raise UserError("several experiments need --out FOLDER: none of them owns the common tables")
+    for path in publish(chosen.experiments, chosen.out, figures=not chosen.no_figures, report=False):
+        print(path)
+
+
+def _report(chosen: Any) -> None:
+    from corematching.results.aggregate import aggregate
+    from corematching.results.report import write_report
+
+    first = chosen.experiments[0]
+    if len(chosen.experiments) > 1 and chosen.out is None:
+        raise UserError("several experiments need --out FILE: none of them owns the common report")
+    aggregation = aggregate(chosen.experiments)
+    if chosen.overlays:
+        from corematching.results.overlays import record_experiment
+
+        record_experiment(aggregation.cells, first / OVERLAYS, chosen.overlays)
+    print(write_report(aggregation, chosen.out or first / "report.html", first / OVERLAYS))
