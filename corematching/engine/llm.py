@@ -123,6 +123,7 @@ def _reduce(
         attention,
         session.activations.get(stage.layer - 1),
         session.attended.get(stage.layer - 1),
+        decoder.norm,
     )
     decision = stage.select(view)
     if decision is None:

@@ -110,6 +110,7 @@ class LayerSignals:
     _attention: dict[int, AttentionSignals]
     _activations: Tensor | None = None
     _attended: Tensor | None = None
+    _norm: Any = None
 
     @property
     def valid(self) -> Tensor:
@@ -156,6 +157,9 @@ class LayerSignals:
     @property
     def entered(self) -> Tensor:
         return self._signals(self.layer - 1).hidden
+
+    def normed(self) -> Tensor:
+        return self._norm(self.hidden)
 
     def attended(self) -> Tensor:
         if self._attended is None:

@@ -186,6 +186,10 @@ class LayerView(Protocol):
     entered: Tensor
     """[B, n, d] what entered the layer before."""
 
+    def normed(self) -> Tensor:
+        """[B, n, d] ``hidden`` under the decoder's final norm."""
+        ...
+
     def attended(self) -> Tensor:
         """[B, n, d] the layer before after attention and its norm (the stage must declare ``attended=True``)."""
         ...
