@@ -55,7 +55,16 @@ NUMBERS = (
     *(f"flops_{part}" for part in FLOPS_PARTS),
     *(f"flops_{name}" for name in CONVENTIONS),
 )
-OBJECTS = ("keep", "parameters", "visual_tokens_by_layer", "neurons_by_layer", "bench", "versions")
+OBJECTS = (
+    "keep",
+    "parameters",
+    "model_config",
+    "image_mode",
+    "visual_tokens_by_layer",
+    "neurons_by_layer",
+    "bench",
+    "versions",
+)
 
 
 class StoreWarning(UserWarning):
@@ -207,6 +216,8 @@ def _row(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "method_name": config["method"]["name"],
             "keep": labels.get("keep"),
             "parameters": {name: value for name, value in config["method"].items() if name not in ("name", "label")},
+            "model_config": config["model"],
+            "image_mode": config.get("image"),
             "version": benchmark.get("version"),
             "limit": benchmark.get("limit"),
             "prompt": config.get("prompt"),

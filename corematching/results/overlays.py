@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from corematching.errors import UserError
+from corematching.results.accuracy import benchmark_order, contexts, methods_of
 from corematching.results.evidence import Example
 from corematching.results.tables import budget
 
@@ -85,6 +89,64 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
     text = json.dumps({"schema": SCHEMA, "grid": grid, "examples": entries}, separators=(",", ":"))
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def record_experiment(cells: pd.DataFrame, folder: Path, images: int) -> Path:
+    """Load an experiment's model and record overlays for the first questions of its first benchmark.
+
+    Parameters
+    ----------
+    cells
+        Selected cells (see :func:`corematching.results.compare.select`); the first context is taken.
+    folder
+        ``<experiment>/overlays``.
+    images
+        How many images to show; all shown questions are of different images.
+
+    Raises
+    ------
+    UserError
+        If no cell is done, or the model or its data is missing.
+    """
+    import corematching as cm
+    from corematching.evaluation.generator import Generator
+
+    done = cells[cells["status"] == "done"]
+    if done.empty:
+        raise UserError("no cell of this experiment is done: there is nothing to draw overlays for")
+    group = contexts(done)[0][1]
+    first = group[group["benchmark"] == benchmark_order(group["benchmark"])[0]].iloc[0]
+    examples = stored_examples(first, images)
+    chosen = first["model_config"]
+    model, processor = cm.load_model(
+        chosen["path"],
+        weights=chosen["weights"],
+        dtype=chosen["dtype"],
+        num_layers=chosen.get("num_layers"),
+        revision=chosen["revision"] if first["data"] != "mini" else None,
+    )
+    generator = Generator(model, processor, first["prompt"], first["image_mode"] or "pad")
+    return record(generator, variants_of(methods_of(group).to_dict("records")), examples, folder)
+
+
+def stored_examples(cell: pd.Series, count: int) -> list[Example]:
+    """The first questions of a cell's benchmark, one per image, with the targets that the cell stored."""
+    from corematching.benchmarks.data import load_source
+    from corematching.benchmarks.spec import ROW, load_benchmark
+    from corematching.benchmarks.tasks import build_tasks
+
+    settings = {} if cell["data"] == "mini" else {"revision": cell["version"]}
+    source = load_source(cell["data"], **settings)
+    rows = pd.read_parquet(Path(cell["folder"]) / "samples.parquet", columns=["doc_id", "unit", "target"])
+    # The limit counts questions, and neighbours often share an image: ask for more than will be shown.
+    (task, *_) = build_tasks(load_benchmark(cell["benchmark"]), source, cell["prompt"], limit=12 * count)
+    docs = {int(doc[ROW]): doc for doc in task.eval_docs}
+    chosen = rows[rows["doc_id"].isin(docs)].drop_duplicates("unit").head(count)
+    return [
+        Example(task.doc_to_visual(doc)[0], task.doc_to_text(doc), str(row.target), cell["benchmark"])
+        for row in chosen.itertuples()
+        for doc in [docs[row.doc_id]]
+    ]
 
 
 def load(folder: Path) -> dict[str, Any] | None:
