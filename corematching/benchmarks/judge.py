@@ -1,7 +1,7 @@
 """MM-Vet's judge: any OpenAI-compatible endpoint, or the bundled one.
 
 A judge that cannot be reached, or that answers something else than a number between 0 and 1, yields no grade. It never
-yields 0, and it never takes longer than its time-outs allow: after two answers in a row that could not be fetched, the
+yields 0, and it never takes longer than its time-outs allow: after two answers in a row that got no reply, the
 judge is given up for the rest of the run.
 """
 
@@ -24,7 +24,9 @@ from corematching.benchmarks.spec import CONF_DIR
 from corematching.errors import UserError
 
 JUDGES = ("openai", "local", "none")
-_GIVE_UP_AFTER = 2  # failed fetches in a row
+_GIVE_UP_AFTER = 2  # answers in a row for which no reply came
+#: What a request raises when no usable reply comes: transport, HTTP status, or a body of another shape.
+_NO_REPLY = (OSError, ValueError, KeyError, IndexError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,26 @@ class Judge:
         """Ask for a grade; safe to call from several threads."""
         if self._lost >= _GIVE_UP_AFTER:
             return Grade(None, f"judge {self.name} cannot be reached")
-        grade = Grade(None)
+        grade, replied = Grade(None, f"judge {self.name} was not asked"), False
         for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(min(1.0, self.timeout / 10))
             try:
-                grade = _parse_grade(self._ask(prompt))
-            except urllib.error.HTTPError as error:
-                grade = Grade(None, f"judge {self.name} answered with HTTP status {error.code}")
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                grade = Grade(None, f"judge {self.name} cannot be reached ({type(error).__name__})")
-            else:
-                with self._lock:
-                    self._lost = 0
-                if grade.score is not None:
-                    return grade
-        if "answered" not in grade.reason or "HTTP" in grade.reason:
-            with self._lock:
-                self._lost += 1
+                reply = self._ask(prompt)
+            except _NO_REPLY as error:
+                grade = Grade(None, f"judge {self.name} {_failure(error)}")
+                if attempt + 1 < self.attempts:
+                    time.sleep(min(1.0, self.timeout / 10))
+                continue
+            self._count_lost(reset=True)
+            grade, replied = _parse_grade(reply), True
+            if grade.score is not None:
+                return grade
+        if not replied:
+            self._count_lost()
         return grade
+
+    def _count_lost(self, reset: bool = False) -> None:
+        with self._lock:
+            self._lost = 0 if reset else self._lost + 1
 
     def close(self) -> None:
         """Stop the bundled server, if this judge runs one."""
@@ -110,6 +113,12 @@ class Judge:
         handlers = [urllib.request.ProxyHandler({})] if self.server is not None else []
         with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout) as reply:
             return json.loads(reply.read())["choices"][0]["message"]["content"]
+
+
+def _failure(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"answered with HTTP status {error.code}"
+    return f"cannot be reached ({type(error).__name__})"
 
 
 def _parse_grade(reply: str) -> Grade:
