@@ -1,8 +1,8 @@
 """Families of questions about scenes: open questions, and pairs of yes/no statements.
 
-A *family* asks one kind of thing (a colour, a number, whether something exists) and knows the boxes that hold the answer.
-Wrong statements are drawn from what the scene shows elsewhere and yes/no answers are a coin flip, so guessing without the
-image does not pay.
+A *family* asks one kind of thing (a colour, a number, whether something exists) and knows the boxes that hold the
+answer. Wrong statements are drawn from what the scene shows elsewhere and yes/no answers are a coin flip, so guessing
+without the image does not pay.
 """
 
 from __future__ import annotations

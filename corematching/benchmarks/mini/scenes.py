@@ -1,9 +1,9 @@
 """Seeded 336 x 336 scenes: coloured shapes, tiles with real handwritten digits, signs with rendered words.
 
-A scene is a list of objects on a grid of 24 x 24 patches of 14 px, the patches of the LLaVA-1.5 vision tower. Objects are
-two to four patches wide, so the answer to a question lies in a handful of the 576 visual tokens and a pruning method has
-something to lose. Everything is a pure function of ``(split, seed)``; train and test scenes come from disjoint random
-streams, and the handwritten digits themselves are split too.
+A scene is a list of objects on a grid of 24 x 24 patches of 14 px, the patches of the LLaVA-1.5 vision tower. Objects
+are two to four patches wide, so the answer to a question lies in a handful of the 576 visual tokens and a pruning
+method has something to lose. Everything is a pure function of ``(split, seed)``; train and test scenes come from
+disjoint random streams, and the handwritten digits themselves are split too.
 """
 
 from __future__ import annotations
@@ -126,9 +126,14 @@ def make_scene(seed: int, split: str) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split}:{seed}")
-    colours = rng.sample(tuple(COLOURS), rng.randint(3, 6))
+    objects = place_objects(rng, rng.sample(tuple(COLOURS), rng.randint(3, 6)), GRID)
+    return Scene(seed, split, objects, (rng.randint(95, 175), rng.randint(95, 175)))
+
+
+def place_objects(rng: random.Random, colours: list[str], grid: int) -> tuple[SceneObject, ...]:
+    """One object for each colour, as far as they fit on a square of `grid` patches; words do not repeat."""
     words = rng.sample(WORDS, len(colours))
-    taken = [[False] * GRID for _ in range(GRID)]
+    taken = [[False] * grid for _ in range(grid)]
     objects = []
     for colour, word in zip(colours, words):
         category, kind, width, height, texture = _draw_kind(rng, word)
@@ -140,7 +145,7 @@ def make_scene(seed: int, split: str) -> Scene:
         objects.append(
             SceneObject(category, kind, colour, size, texture, *spot, width, height, *jitter, rng.randrange(10_000))
         )
-    return Scene(seed, split, tuple(objects), (rng.randint(95, 175), rng.randint(95, 175)))
+    return tuple(objects)
 
 
 def _draw_kind(rng: random.Random, word: str) -> tuple[str, str, int, int, str]:
@@ -156,12 +161,13 @@ def _draw_kind(rng: random.Random, word: str) -> tuple[str, str, int, int, str]:
 
 def _free_spot(rng: random.Random, taken: list[list[bool]], width: int, height: int) -> tuple[int, int] | None:
     """A place with a free patch all round it (marked as taken), or None when fifty tries found none."""
+    grid = len(taken)
     for _ in range(50):
-        col, row = rng.randint(0, GRID - width), rng.randint(0, GRID - height)
+        col, row = rng.randint(0, grid - width), rng.randint(0, grid - height)
         around = [
             (y, x)
-            for y in range(max(row - 1, 0), min(row + height + 1, GRID))
-            for x in range(max(col - 1, 0), min(col + width + 1, GRID))
+            for y in range(max(row - 1, 0), min(row + height + 1, grid))
+            for x in range(max(col - 1, 0), min(col + width + 1, grid))
         ]
         if any(taken[y][x] for y, x in around):
             continue
@@ -177,23 +183,24 @@ def render(scene: Scene) -> Image.Image:
     return Image.fromarray(render_array(scene))
 
 
-def render_array(scene: Scene) -> np.ndarray:
-    """The scene as an array of shape (336, 336, 3), dtype uint8 (what training reads)."""
+def render_array(scene: Scene, grid: int = GRID) -> np.ndarray:
+    """The scene's top-left `grid` x `grid` patches as an array of shape (14 * grid, 14 * grid, 3), dtype uint8."""
+    side = grid * PATCH
     noise = np.random.default_rng([scene.seed, SPLITS.index(scene.split)])
     left, right = scene.background
-    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
-    canvas[:] = np.linspace(left, right, IMAGE_SIZE, dtype=np.float32)[None, :, None]
+    canvas = np.empty((side, side, 3), dtype=np.float32)
+    canvas[:] = np.linspace(left, right, side, dtype=np.float32)[None, :, None]
     for item in scene.objects:
         _paint(canvas, item, scene.split)
-    canvas += noise.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), dtype=np.float32) * 6
+    canvas += noise.standard_normal((side, side, 1), dtype=np.float32) * 6
     return canvas.clip(0, 255).astype(np.uint8)
 
 
 def _paint(canvas: np.ndarray, item: SceneObject, split: str) -> None:
     """Blend one object into the canvas (height, width, 3)."""
     x0, y0, x1, y1 = item.box
-    x0, x1 = (min(max(v + item.dx, 0), IMAGE_SIZE) for v in (x0, x1))
-    y0, y1 = (min(max(v + item.dy, 0), IMAGE_SIZE) for v in (y0, y1))
+    x0, x1 = (min(max(v + item.dx, 0), canvas.shape[1]) for v in (x0, x1))
+    y0, y1 = (min(max(v + item.dy, 0), canvas.shape[0]) for v in (y0, y1))
     size = (item.height * PATCH, item.width * PATCH)
     outline, ink = _stencil(item, size, split)
     top, left = max(-(item.row * PATCH + item.dy), 0), max(-(item.col * PATCH + item.dx), 0)

@@ -1,0 +1,130 @@
+"""Accuracy of the tiny model on test scenes, by benchmark and family, with ablations of the image.
+
+Teacher-forced: an answer counts when every one of its tokens, the end included, is the most likely one. That is
+exactly when greedy decoding produces the answer, at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, questions_for
+from corematching.benchmarks.mini.scenes import GRID, IMAGE_SIZE, make_scene
+from corematching.training.codes import CodeBook, PatchLabels
+from corematching.training.language import IGNORED, Packer, pixels_of, run_layers
+from corematching.training.vision import pixels, visual_features
+
+CONDITIONS = ("dense", "blank", "random-64", "oracle")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Right answers out of `total`."""
+
+    right: int = 0
+    total: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, in percent."""
+        return 100 * self.right / max(self.total, 1)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the accuracy in points, questions taken as independent."""
+        share = self.right / max(self.total, 1)
+        return 100 * math.sqrt(share * (1 - share) / max(self.total, 1))
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.right + other.right, self.total + other.total)
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    packer: Packer,
+    codes: CodeBook,
+    condition: str = "dense",
+    benchmarks: tuple[str, ...] = tuple(BENCHMARK_FAMILIES),
+    images: int = 50,
+    seed: int = 0,
+) -> dict[tuple[str, str], Tally]:
+    """Answer every question that the benchmarks ask about `images` test scenes each.
+
+    Parameters
+    ----------
+    condition : {"dense", "blank", "random-64", "oracle"}
+        The image as it is; a uniform grey image; 64 random visual tokens of 576; the sums of codes instead of the
+        tower.
+
+    Returns
+    -------
+    dict
+        ``(benchmark, family)`` to tally.
+
+    Raises
+    ------
+    ValueError
+        If the condition is unknown.
+    """
+    if condition not in CONDITIONS:
+        raise ValueError(f"unknown condition {condition!r}: use one of {', '.join(CONDITIONS)}")
+    tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
+    for benchmark in benchmarks:
+        for index in range(images):
+            scene = make_scene(seed * 1_000_000 + index, "test")
+            rng = random.Random(f"{seed}:{benchmark}:{index}")
+            questions = questions_for(benchmark, scene, rng)
+            if not questions:
+                continue
+            visual, chosen = _visual(model, codes, scene, condition, index)
+            batch = packer.pack([scene], chosen, [[(benchmark, question) for question in questions]], rng)
+            _, last = run_layers(model, batch, visual, 1, hide_early=False)
+            guesses = model.lm_head(model.model.language_model.norm(last)).argmax(-1)[0]
+            for question, right in zip(questions, _right(guesses, batch.targets[0])):
+                tallies[benchmark, question.family] += Tally(int(right), 1)
+    return dict(tallies)
+
+
+def _visual(model, codes: CodeBook, scene, condition: str, index: int) -> tuple[Tensor, Tensor]:
+    """Visual tokens (1, kept, width) and their raster indices (1, kept)."""
+    chosen = torch.arange(GRID * GRID)[None]
+    if condition == "oracle":
+        labels = PatchLabels.of([scene.objects])
+        return codes.visual_tokens(labels, chosen // GRID, chosen % GRID), chosen
+    blank = np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), 128, dtype=np.uint8)
+    visual = visual_features(model, pixels(blank) if condition == "blank" else pixels_of([scene]))
+    if condition == "random-64":
+        generator = torch.Generator().manual_seed(index)
+        chosen = torch.randperm(GRID * GRID, generator=generator)[:64].sort().values[None]
+        visual = visual[:, chosen[0]]
+    return visual, chosen
+
+
+def _right(guesses: Tensor, targets: Tensor) -> Iterator[bool]:
+    """Whether each packed answer is right: runs of targets, each ending with the end of its answer."""
+    scored = (targets != IGNORED).tolist()
+    hits = (guesses == targets).tolist()
+    current = None
+    for on, hit in zip([*scored, False], [*hits, False]):
+        if on:
+            current = hit if current is None else current and hit
+        elif current is not None:
+            yield current
+            current = None
+
+
+def by_benchmark(tallies: dict[tuple[str, str], Tally]) -> dict[str, Tally]:
+    """Sum the families of each benchmark."""
+    sums: dict[str, Tally] = defaultdict(Tally)
+    for (benchmark, _), tally in tallies.items():
+        sums[benchmark] += tally
+    return dict(sums)

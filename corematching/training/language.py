@@ -1,0 +1,298 @@
+"""Language stages: answer questions about visual tokens, first the sums of codes themselves, then what the tower emits.
+
+Several short questions share one image: each is a block that sees the system prompt, the image and itself. Positions
+are those that the block would have on its own, so training sees exactly the sequences of the evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corematching.benchmarks.mini.questions import Question, questions_for
+from corematching.benchmarks.mini.scenes import GRID, Scene, make_scene, render_array
+from corematching.training.codes import CodeBook, PatchLabels
+from corematching.training.loop import Schedule
+from corematching.training.prompts import VARIANTS, user_prompt
+from corematching.training.vision import pixels, visual_features
+from corematching.training.vocabulary import SYSTEM
+
+IGNORED = -100
+EARLY_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Images with packed questions; T = prefix + visual tokens + padded question blocks.
+
+    Attributes
+    ----------
+    scenes : list of Scene
+    index : LongTensor (n, visual)
+        Raster index of each visual token, ascending.
+    prefix : LongTensor (prefix,)
+        Token ids before the image.
+    text : LongTensor (n, text)
+        Token ids of the blocks.
+    positions : LongTensor (n, T)
+    mask : BoolTensor (n, 1, T, T)
+        True where a row may see a column.
+    targets, hidden_targets : LongTensor (n, text)
+        Next token to predict at the output, and the open answer's word at the middle layer, ``IGNORED`` elsewhere.
+    owner : LongTensor (n, text)
+        Number of the block that a text token belongs to, -1 for padding.
+    names : list of list of str
+        Family of each block, with a ``+`` for lettered choices.
+    """
+
+    scenes: list[Scene]
+    index: Tensor
+    prefix: Tensor
+    text: Tensor
+    positions: Tensor
+    mask: Tensor
+    targets: Tensor
+    hidden_targets: Tensor
+    owner: Tensor
+    names: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What is asked: weights of benchmarks and of families (1 unless named)."""
+
+    benchmarks: Mapping[str, float]
+    families: Mapping[str, float] = field(default_factory=dict)
+
+    def draw(self, scene: Scene, rng: random.Random) -> tuple[str, Question]:
+        """A benchmark and one of its questions about the scene."""
+        while True:
+            (benchmark,) = rng.choices(list(self.benchmarks), weights=list(self.benchmarks.values()))
+            questions = questions_for(benchmark, scene, rng)
+            weights = [self.families.get(question.family, 1.0) for question in questions]
+            if questions and sum(weights):
+                return benchmark, rng.choices(questions, weights=weights)[0]
+
+
+class Packer:
+    """Turns scenes and questions into packed batches.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerFast
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._eos, self._pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.prefix = [tokenizer.bos_token_id, *self._ids(f"{SYSTEM} USER:")]
+
+    def _ids(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def block(self, benchmark: str, question: Question, rng: random.Random) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of a question with its answer, their targets, and the middle layer's targets."""
+        variant = VARIANTS[rng.random() < 0.25]
+        prompt = self._ids(user_prompt(benchmark, question, variant, chinese=rng.random() < 0.15) + " ASSISTANT:")
+        answer = [*self._ids(question.answer), self._eos]
+        ids = prompt + answer[:-1]
+        targets = [IGNORED] * (len(prompt) - 1) + answer
+        hidden = [IGNORED] * len(ids)
+        word = self._ids(question.meta.get("word", question.answer))
+        if len(word) == 1:
+            hidden[len(prompt) - 1] = word[0]
+        return ids, targets, hidden
+
+    def pack(self, scenes: list[Scene], index: Tensor, drawn: list[list[tuple[str, Question]]], rng) -> PackedBatch:
+        """Pack each scene's questions behind its visual tokens `index` (n, visual)."""
+        blocks = [[self.block(*pair, rng) for pair in pairs] for pairs in drawn]
+        length = max(sum(len(ids) for ids, *_ in row) for row in blocks)
+        n, visual, front = len(scenes), index.shape[1], len(self.prefix)
+        total = front + visual + length
+        text = torch.full((n, length), self._pad)
+        targets, hidden = torch.full((n, length), IGNORED), torch.full((n, length), IGNORED)
+        positions = torch.zeros(n, total, dtype=torch.long)
+        positions[:, :front] = torch.arange(front)
+        positions[:, front : front + visual] = front + index
+        owner = torch.full((n, length), -1)
+        for i, row in enumerate(blocks):
+            at = 0
+            for b, (ids, goal, middle) in enumerate(row):
+                span = slice(at, at + len(ids))
+                text[i, span], targets[i, span], hidden[i, span] = map(torch.tensor, (ids, goal, middle))
+                owner[i, span] = b
+                start = front + GRID * GRID
+                positions[i, front + visual + at : front + visual + at + len(ids)] = torch.arange(
+                    start, start + len(ids)
+                )
+                at += len(ids)
+        causal = torch.ones(total, total).tril().bool()
+        mask = causal.repeat(n, 1, 1)
+        mask[:, front + visual :, front + visual :] &= owner[:, :, None] == owner[:, None, :]
+        prefix = torch.tensor(self.prefix)
+        names = [[question.family + "+" * bool(question.choices) for _, question in pairs] for pairs in drawn]
+        return PackedBatch(scenes, index, prefix, text, positions, mask[:, None], targets, hidden, owner, names)
+
+
+def choose_patches(labels: PatchLabels, count: int | None, generator: torch.Generator) -> Tensor:
+    """Raster indices (n, count) of object patches and enough background, ascending; all 576 where `count` is None.
+
+    Where objects cover more than `count` patches a random part of them stays.
+    """
+    n, patches = labels.shape
+    if count is None:
+        return torch.arange(patches).expand(n, patches)
+    rank = torch.rand(n, patches, generator=generator)
+    rank += (labels.values["colour"] >= 0) * 1.0 + labels.anchor * 1.0
+    return rank.topk(count, dim=1).indices.sort(dim=1).values
+
+
+def run_layers(model, batch: PackedBatch, visual: Tensor, middle: int, hide_early: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states of the text blocks at the middle layer and at the end, each (n, text, width).
+
+    With `hide_early` the first layers' text does not see the image, which moves the look-up to later layers, where
+    methods that prune inside the model can act before it.
+    """
+    language = model.model.language_model
+    embed = language.embed_tokens
+    n, front, start = len(batch.text), len(batch.prefix), len(batch.prefix) + visual.shape[1]
+    hidden = torch.cat([embed(batch.prefix).expand(n, -1, -1), visual, embed(batch.text)], dim=1)
+    rotary = language.rotary_emb(hidden, position_ids=batch.positions)
+    early = batch.mask
+    if hide_early:
+        early = batch.mask.clone()
+        early[:, :, start:, front:start] = False
+    at_middle = hidden
+    for number, layer in enumerate(language.layers):
+        mask = early if number < EARLY_LAYERS else batch.mask
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=batch.positions)
+        if number + 1 == middle:
+            at_middle = hidden
+    return at_middle[:, start:], hidden[:, start:]
+
+
+class GatePenalty:
+    """Mean positive gate activation of text tokens, collected by hooks while inside the context."""
+
+    def __init__(self, model, text: int) -> None:
+        self._model, self._text, self._values, self._hooks = model, text, [], []
+
+    def __enter__(self) -> GatePenalty:
+        for layer in self._model.model.language_model.layers:
+            self._hooks.append(layer.mlp.gate_proj.register_forward_hook(self._collect))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _collect(self, _module, _inputs, output: Tensor) -> None:
+        self._values.append(nn.functional.silu(output[:, -self._text :]).relu().mean())
+
+    def value(self) -> Tensor:
+        """Mean over layers."""
+        return torch.stack(self._values).mean()
+
+
+@dataclass(frozen=True)
+class LanguageStage:
+    """Training of the language model with the tower frozen.
+
+    Attributes
+    ----------
+    name, steps, batch : str, int, int
+    questions : int
+        Questions packed behind each image.
+    mix : Mix
+    visual : int or None
+        Visual tokens per image; None for all 576.
+    oracle : bool
+        Read the sums of codes themselves instead of what the tower emits.
+    rate_peak, decay_share : float
+    hide_early : float
+        Share of the steps in which the first layers' text does not see the image.
+    gate_weight, middle_weight : float
+        Weights of the gate penalty and of the middle layer's answer.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    mix: Mix
+    codes: CodeBook
+    packer: Packer
+    questions: int = 9
+    visual: int | None = 40
+    oracle: bool = True
+    rate_peak: float = 2e-3
+    decay_share: float = 0.3
+    hide_early: float = 0.0
+    gate_weight: float = 0.0
+    middle_weight: float = 0.5
+
+    def start(self, model) -> list[torch.optim.Optimizer]:
+        """AdamW on the language model and the output layer."""
+        parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+        return [torch.optim.AdamW(parameters, lr=self.rate_peak, betas=(0.9, 0.98), weight_decay=0.01)]
+
+    def rate(self, step: int) -> float:
+        """Warm-up, plateau, linear decay."""
+        return Schedule(self.steps, decay_share=self.decay_share)(step)
+
+    def loss(self, model, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Answer loss with its helpers; log the share of right first answer tokens."""
+        rng = random.Random(f"{self.name}:{step}")
+        batch, visual = self.packed(model, rng)
+        middle = math.ceil(len(model.model.language_model.layers) * 0.6)
+        text = batch.text.shape[1]
+        with GatePenalty(model, text) as gates:
+            at_middle, last = run_layers(model, batch, visual, middle, rng.random() < self.hide_early)
+        norm = model.model.language_model.norm
+        logits = model.lm_head(norm(last[batch.targets != IGNORED]))
+        targets = batch.targets[batch.targets != IGNORED]
+        loss = nn.functional.cross_entropy(logits, targets)
+        chosen = batch.hidden_targets != IGNORED
+        guess = model.lm_head(norm(at_middle[chosen]))
+        helper = nn.functional.cross_entropy(guess, batch.hidden_targets[chosen])
+        penalty = gates.value()
+        scores = {"middle": (guess.argmax(-1) == batch.hidden_targets[chosen]).float().mean().item()}
+        scores |= {"gate": penalty.item()} | family_scores(batch, logits.argmax(-1) == targets)
+        return loss + self.middle_weight * helper + self.gate_weight * penalty, scores
+
+    def packed(self, model, rng: random.Random) -> tuple[PackedBatch, Tensor]:
+        """A batch and its visual tokens (n, visual, width)."""
+        scenes = [make_scene(rng.getrandbits(48), "train") for _ in range(self.batch)]
+        labels = PatchLabels.of([scene.objects for scene in scenes])
+        generator = torch.Generator().manual_seed(rng.getrandbits(48))
+        index = choose_patches(labels, self.visual, generator)
+        drawn = [[self.mix.draw(scene, rng) for _ in range(self.questions)] for scene in scenes]
+        batch = self.packer.pack(scenes, index, drawn, rng)
+        if self.oracle:
+            visual = self.codes.visual_tokens(labels.gather(index), index // GRID, index % GRID)
+        else:
+            with torch.no_grad():
+                whole = visual_features(model, pixels_of(scenes))
+            visual = whole.gather(1, index[..., None].expand(-1, -1, whole.shape[-1]))
+        return batch, visual
+
+
+def family_scores(batch: PackedBatch, right: Tensor) -> dict[str, float]:
+    """Share of right answer tokens by family; `right` has one entry per target, in the order of the packed batch."""
+    rows, cols = (batch.targets != IGNORED).nonzero(as_tuple=True)
+    hits: dict[str, list[bool]] = {}
+    for row, col, hit in zip(rows.tolist(), cols.tolist(), right.tolist()):
+        is_end = col + 1 == batch.text.shape[1] or batch.targets[row, col + 1] == IGNORED
+        if not is_end:  # the end token is easy
+            hits.setdefault(batch.names[row][int(batch.owner[row, col])], []).append(hit)
+    return {name: sum(values) / len(values) for name, values in sorted(hits.items())}
+
+
+def pixels_of(scenes: list[Scene]) -> Tensor:
+    """Normalised pixels (n, 3, 336, 336) of drawn scenes."""
+    return pixels(np.stack([render_array(scene) for scene in scenes]))

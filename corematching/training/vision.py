@@ -1,0 +1,139 @@
+"""Vision stages: the tower and projector learn to emit the code of what each patch shows."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from corematching.benchmarks.mini.scenes import COLOURS, GRID, Scene, place_objects, render_array
+from corematching.training.codes import ATTRIBUTES, CodeBook, PatchLabels
+from corematching.training.loop import Schedule
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def pixels(images: np.ndarray) -> Tensor:
+    """Pixels (n, 3, height, width), normalised as by CLIP's processor, from uint8 images (n, height, width, 3)."""
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    return (scaled - torch.tensor(PIXEL_MEAN)[:, None, None]) / torch.tensor(PIXEL_STD)[:, None, None]
+
+
+@dataclass(frozen=True)
+class VisionBatch:
+    """Crops of `grid` x `grid` patches, what they show, and where on the 24 x 24 raster they are said to lie."""
+
+    pixels: Tensor  # (n, 3, 14 * grid, 14 * grid)
+    labels: PatchLabels  # (n, grid * grid)
+    rows: Tensor  # (n, grid * grid)
+    cols: Tensor
+
+
+def vision_batch(seed: str, size: int, grid: int) -> VisionBatch:
+    """Crowded pictures: colours may repeat, and an area of 12 x 12 patches holds up to ten objects."""
+    rng = random.Random(seed)
+    scenes, rows, cols = [], [], []
+    for _ in range(size):
+        crowd = rng.randint(4, 10) * (grid // 12) ** 2 if grid < GRID else rng.randint(6, 12)
+        objects = place_objects(rng, rng.choices(tuple(COLOURS), k=min(crowd, 12)), grid)
+        scenes.append(Scene(rng.getrandbits(48), "train", objects, (rng.randint(95, 175), rng.randint(95, 175))))
+        top, left = rng.randint(0, GRID - grid), rng.randint(0, GRID - grid)
+        y, x = np.mgrid[top : top + grid, left : left + grid]
+        rows.append(y.ravel())
+        cols.append(x.ravel())
+    images = np.stack([render_array(scene, grid) for scene in scenes])
+    labels = PatchLabels.of([scene.objects for scene in scenes], grid)
+    return VisionBatch(pixels(images), labels, torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(cols)))
+
+
+def visual_features(model, values: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
+    """Projected visual tokens (n, patches, width), also of crops that lie anywhere on the raster.
+
+    The same computation as ``get_image_features`` for whole images (a test compares them).
+    """
+    tower = model.model.vision_tower
+    embed = tower.embeddings
+    patches = embed.patch_embedding(values).flatten(2).transpose(1, 2)
+    if rows is None or cols is None:
+        index = torch.arange(GRID * GRID, device=values.device)[None].expand(len(values), -1)
+    else:
+        index = rows * GRID + cols
+    patches = patches + embed.position_embedding(index + 1)
+    first = (embed.class_embedding + embed.position_embedding.weight[0]).expand(len(values), 1, -1)
+    hidden = tower.pre_layrnorm(torch.cat([first, patches], dim=1))
+    for layer in tower.encoder.layers[:-1]:  # vision_feature_layer = -2: the last layer is not used
+        hidden = layer(hidden, attention_mask=None)
+    return model.model.multi_modal_projector(hidden[:, 1:])
+
+
+def vision_loss(features: Tensor, batch: VisionBatch, codes: CodeBook) -> tuple[Tensor, dict[str, float]]:
+    """Squared distance to the target tokens plus the attributes' cross entropies; shares of patches read right."""
+    targets = codes.visual_tokens(batch.labels, batch.rows, batch.cols)
+    on_object = batch.labels.values["colour"] >= 0
+    weight = torch.where(on_object, 3.0, 1.0)
+    distance = ((features - targets) ** 2).mean(-1)
+    loss = 2 * (weight * distance).sum() / weight.sum()
+    scores = {"distance": distance.mean().item()}
+    for name in ATTRIBUTES:
+        index = batch.labels.values[name]
+        chosen = index >= 0
+        logits = features[chosen] @ codes.attribute_codes(name).T
+        loss = loss + (1.0 if name == "kind" else 0.4) * nn.functional.cross_entropy(logits, index[chosen])
+        scores[name] = (logits.argmax(-1) == index[chosen]).float().mean().item()
+    return loss, scores
+
+
+def vision_parameters(model) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trained weights of tower and projector: (matrices for Muon, the rest for AdamW)."""
+    parts = [*model.model.vision_tower.encoder.layers[:-1], model.model.multi_modal_projector]
+    matrices = [p for part in parts for p in part.parameters() if p.ndim == 2]
+    rest = [p for part in parts for p in part.parameters() if p.ndim != 2]
+    tower = model.model.vision_tower
+    rest += [
+        tower.embeddings.class_embedding,
+        tower.embeddings.patch_embedding.weight,
+        *tower.pre_layrnorm.parameters(),
+    ]
+    return matrices, rest
+
+
+@dataclass(frozen=True)
+class VisionStage:
+    """Training of tower and projector on crowded pictures of `grid` x `grid` patches.
+
+    Attributes
+    ----------
+    name, steps, batch, grid : str, int, int, int
+    muon_rate, adam_rate : float
+        Peak learning rates of matrices and of the rest.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    grid: int
+    codes: CodeBook
+    muon_rate: float = 0.01
+    adam_rate: float = 1e-3
+
+    def start(self, model) -> list[torch.optim.Optimizer]:
+        """Muon for matrices (three times the progress per second of AdamW here), AdamW for the rest."""
+        matrices, rest = vision_parameters(model)
+        return [
+            torch.optim.Muon(matrices, lr=self.muon_rate, weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=self.adam_rate, weight_decay=0.0),
+        ]
+
+    def rate(self, step: int) -> float:
+        """Warm-up, plateau, decay over the last 60 %."""
+        return Schedule(self.steps, decay_share=0.6)(step)
+
+    def loss(self, model, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss and shares of rightly read patches on the step's pictures."""
+        batch = vision_batch(f"{self.name}:{step}", self.batch, self.grid)
+        features = visual_features(model, batch.pixels, batch.rows, batch.cols)
+        return vision_loss(features, batch, self.codes)
