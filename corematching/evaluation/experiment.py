@@ -204,7 +204,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         ("limit", settings["limit"]),
         ("generation.max_new_tokens", settings["generation"]["max_new_tokens"]),
     ):
-        if key == "limit" and value is None:
+        if value is None and key != "batch_size":
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{key}={value} is not valid: give a whole number of at least 1")

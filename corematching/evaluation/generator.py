@@ -135,10 +135,9 @@ class Generator:
         stops = settings.get("until") or ()
         answers = []
         for i, (ids, text) in enumerate(zip(new, self.processor.batch_decode(new, skip_special_tokens=True))):
-            # A batch decodes until its longest answer ends; a sample is charged for its own answer only.
             tokens = self._length(ids)
-            sample = replace(samples[i * beams], decode_steps=tokens - 1)
-            answers.append(Answer(_cut(text, [stops] if isinstance(stops, str) else stops), tokens, sample))
+            text = _cut(text, [stops] if isinstance(stops, str) else stops)
+            answers.append(Answer(text, tokens, _own_share(samples[i * beams], tokens)))
         return answers
 
     def _length(self, ids: torch.Tensor) -> int:
@@ -158,6 +157,12 @@ class Generator:
             "max_new_tokens": int(settings.get("max_new_tokens") or self.max_new_tokens),
             "pad_token_id": self.processor.tokenizer.pad_token_id,
         }
+
+
+def _own_share(trace: SampleTrace, tokens: int) -> SampleTrace:
+    """The trace of one sample as if its batch had stopped with its own answer instead of the longest one."""
+    surplus = trace.decode_steps - (tokens - 1)
+    return replace(trace, decode_steps=tokens - 1, head_positions=trace.head_positions - surplus)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ def evaluate(model: Any, tasks: Sequence[Any], seed: int = 0) -> dict[str, Any]:
     from lmms_eval.evaluator import simple_evaluate
     from tenacity import RetryError
 
-    with host_state(), tempfile.TemporaryDirectory() as scratch:
+    with host_state(), no_bars(), tempfile.TemporaryDirectory() as scratch:
         # Without these settings lmms-eval decodes every picture a second time and keeps lists of them in its results.
         arguments = argparse.Namespace(process_with_media=False, output_path=scratch, reasoning_tags=None)
         try:
@@ -61,6 +61,19 @@ def host_state() -> Iterator[None]:
         torch.set_rng_state(states[2])
         if gpu:
             torch.cuda.set_rng_state_all(gpu)
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without lmms-eval's progress bars, which would break into the caller's."""
+    from lmms_eval import evaluator
+
+    bars = evaluator.tqdm
+    evaluator.tqdm = lambda *words, **named: bars(*words, **{**named, "disable": True})
+    try:
+        yield
+    finally:
+        evaluator.tqdm = bars
 
 
 def _no_task_manager() -> Any:

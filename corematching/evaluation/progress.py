@@ -23,6 +23,8 @@ class Reporter(AbstractContextManager):
 
     def __init__(self, cells: int, console: Console | None = None):
         self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 240  # a file or a pipe has no edge: never fold the table
         self.cells, self.finished = cells, 0
         self._started = 0.0
         self._live: Progress | None = None

@@ -36,6 +36,7 @@ def run_experiment(config: DictConfig) -> int:
     UserError
         For anything wrong that can be known before the first cell runs.
     """
+    quiet_libraries()
     experiment = plan(config)
     store = Store(experiment.folder)
     pending = [cell for cell in experiment.cells if not finished(store.read(cell.id), experiment)]
@@ -57,7 +58,6 @@ def run_experiment(config: DictConfig) -> int:
 
 
 def _run(experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter) -> None:
-    quiet_libraries()
     from corematching.evaluation.workbench import Workbench  # torch and transformers, seconds to import
 
     bench = Workbench(experiment)
@@ -170,7 +170,7 @@ def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
     asked = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "0"
     settings = experiment.settings
     notes = [f"{settings['model']['name']}, data {settings['data']['name']}, {asked} questions per cell"]
-    notes += [f"prompt {settings['prompt']}, greedy; FLOPs count 2 per multiply-add, decoder prefill only"]
+    notes += [f"prompt {settings['prompt']}; tokens/layer: visual tokens per decoder layer; FLOPs: 2 per multiply-add"]
     notes += filter(None, [small_note(experiment)])
     table = build_table(records, [benchmark.name for benchmark in experiment.benchmarks], notes)
     table.write(store.root)

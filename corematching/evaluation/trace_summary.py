@@ -1,8 +1,10 @@
 """Means over a cell's samples of what really ran, from the traces."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from corematching.efficiency.flops import CONVENTIONS, flops
 from corematching.engine.trace import SampleTrace
 from corematching.evaluation.generator import Answer
 
@@ -24,13 +26,12 @@ def summarise(answers: Sequence[Answer], model_config: Any) -> dict[str, Any]:
     Returns
     -------
     dict
-        Token counts, KV bytes and FLOPs (2 per multiply-add), each the mean per sample.
+        Token counts, KV bytes and FLOPs (2 per multiply-add), each the mean per sample. FLOPs are those of a sample
+        served alone: in a batch whose samples chose different neurons (``ffn_mode`` says "masked") the same numbers
+        come out of more arithmetic.
     """
-    from corematching.efficiency.flops import conventions, flops
-
     traces = [answer.trace for answer in answers]
-    costs = [flops(model_config, trace) for trace in traces]
-    papers = [conventions(model_config, trace) for trace in traces]
+    alone = [replace(trace, ffn_mode="sliced") if trace.ffn_mode == "masked" else trace for trace in traces]
     return {
         "image_tokens": _mean([trace.image_tokens for trace in traces]),
         "tokens_entering_llm": _mean([len(trace.visual_tokens[0]) for trace in traces]),
@@ -41,8 +42,10 @@ def summarise(answers: Sequence[Answer], model_config: Any) -> dict[str, Any]:
         "dense_kv_bytes": _mean([trace.dense_kv_bytes for trace in traces]),
         "generated_tokens": _mean([answer.tokens for answer in answers]),
         "ffn_mode": "+".join(sorted({trace.ffn_mode for trace in traces})),
-        "flops": {part: _mean([cost[part] for cost in costs]) for part in costs[0]},
-        "flops_conventions": {name: _mean([paper[name] for paper in papers]) for name in papers[0]},
+        "flops": (flops(model_config, alone) / len(alone)).as_dict(),
+        "flops_conventions": {
+            name: _mean([count(model_config, trace) for trace in alone]) for name, count in CONVENTIONS.items()
+        },
     }
 
 

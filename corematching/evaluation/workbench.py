@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import transformers
 
 import corematching as cm
+from corematching.benchmarks.judge import load_judge
 from corematching.benchmarks.spec import ROW
 from corematching.errors import UserError
 from corematching.evaluation.cells import Cell
@@ -26,7 +28,8 @@ class Workbench:
         self.experiment = experiment
         self._generator: Generator | None = None
         self._tasks: tuple[str, Any] = ("", None)
-        self._judge: Any = None
+        needs_judge = any(benchmark.needs_judge for benchmark in experiment.benchmarks)
+        self._judge = load_judge(**experiment.settings["judge"]) if needs_judge else None
 
     def check_methods(self, cells: Sequence[Cell]) -> None:
         """Build every method once and ask it whether it fits the model, before any long work.
@@ -46,6 +49,7 @@ class Workbench:
         if self._generator is None:
             settings = self.experiment.settings
             chosen = settings["model"]
+            transformers.utils.logging.disable_progress_bar()
             model, processor = cm.load_model(
                 chosen["path"],
                 weights=chosen["weights"],
@@ -62,7 +66,6 @@ class Workbench:
                 settings["prompt"],
                 settings["image"],
                 settings["batch_size"],
-                settings["generation"]["max_new_tokens"],
             )
         return self._generator
 
@@ -111,19 +114,16 @@ class Workbench:
         if self._tasks[0] != name:
             settings = self.experiment.settings
             benchmark = self._benchmark(name)
-            judge = self._judge_of() if benchmark.needs_judge else None
-            self._tasks = (
-                name,
-                build_tasks(benchmark, self.experiment.source, settings["prompt"], settings["limit"], judge),
+            tasks = build_tasks(
+                benchmark,
+                self.experiment.source,
+                settings["prompt"],
+                settings["limit"],
+                self._judge if benchmark.needs_judge else None,
+                settings["generation"]["max_new_tokens"],
             )
+            self._tasks = name, tasks
         return self._tasks[1]
-
-    def _judge_of(self) -> Any:
-        from corematching.benchmarks.judge import load_judge
-
-        if self._judge is None:
-            self._judge = load_judge(**self.experiment.settings["judge"])
-        return self._judge
 
     def _benchmark(self, name: str) -> Any:
         return next(benchmark for benchmark in self.experiment.benchmarks if benchmark.name == name)

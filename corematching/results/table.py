@@ -57,12 +57,12 @@ class RunTable:
 
         table = Table(show_edge=False, pad_edge=False)
         for i, title in enumerate(self.header):
-            table.add_column(title, justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
         console.print(table)
         for note in self.notes:
-            console.print(f"  {note}", style="dim", markup=False, highlight=False)
+            console.print(f"  {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def build_table(
@@ -89,7 +89,7 @@ def build_table(
         for record in records
         if record is not None and record["config"]["method"]["name"] == "dense"
     }
-    header = ("method", "keep", *benchmarks, "% of dense", "visual tokens/layer", "KV MB", "prefill GFLOPs")
+    header = ("method", "keep", *benchmarks, "% of dense", "tokens/layer", "KV MB", "prefill TFLOPs")
     lines = tuple(_line(label, cells, benchmarks, dense) for label, cells in rows.items())
     return RunTable(header, lines, (*notes, *_holes(records)))
 
@@ -112,7 +112,7 @@ def _line(
         _number(fmean(shares), 1) if shares and whole else HOLE,
         _number(_trace_mean(traces, "visual_tokens_per_layer"), 1),
         _number(_trace_mean(traces, "kv_bytes", 1e6), 2),
-        _number(_trace_mean([trace["flops"] for trace in traces], "prefill", 1e9), 2),
+        _number(_trace_mean([trace["flops"] for trace in traces], "prefill", 1e12), 4),
     )
 
 
