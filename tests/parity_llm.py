@@ -6,16 +6,20 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from parity import ParityRow
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import linear, silu
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import corematching as cm
+from corematching.engine.ffn import SlicedFFN
+from corematching.methods.coreinfer import most_counted, token_counts
 
 LOGITS = 1e-3
 
@@ -104,3 +108,54 @@ def pyramiddrop(case: dict, golden: dict[str, Tensor], model: Any) -> Outcome:
         return all(same(trace.visual_tokens[layer], golden[f"kept_layer_{layer}"]) for layer in layers)
 
     return whole_model(method, kept, golden, model)
+
+
+def coreinfer(case: dict, golden: dict[str, Tensor], model: Any) -> Outcome:
+    """One layer at function level: counts, chosen neurons, and the sliced FFN on the official choice."""
+    parameters = case["hyper_parameters"]
+    gate, up, down = (golden[f"{name}_weight"] for name in ("gate", "up", "down"))
+    hidden = golden["h_prefill"]
+    activations = silu(linear(hidden, gate)) * linear(hidden, up)
+    valid = torch.ones(hidden.shape[:2], dtype=torch.bool)
+    counts = token_counts(activations, valid, parameters["token_sparsity"])[0]
+    width = int(len(counts) * parameters["sparsity"])
+    chosen = most_counted(counts[None], width).index[0]
+    # Which of the neurons tied at the boundary are kept is undefined in the official code: compare their counts.
+    official = golden["indices"]
+    equal = torch.equal(counts, golden["counts"])
+    equal &= torch.equal(counts[chosen].sort().values, counts[official].sort().values)
+    if not case["selection_boundary_gap"]["tie_at_boundary"]:
+        equal &= torch.equal(chosen, official.sort().values)
+
+    mlp = SimpleNamespace(act_fn=silu)
+    for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+        setattr(mlp, name, SimpleNamespace(weight=weight, bias=None))
+    answer = SlicedFFN(mlp, official.sort().values)(golden["h_decode"])
+    return bool(equal), float((answer - golden["decode_out"]).abs().max())
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+DEVIATIONS = {
+    "fastv": "",
+    "corematching_release": "image slice 5:581 generalised to the visual span",
+    "sparsevlm": "ties in the clustering go by order instead of random noise",
+    "pyramiddrop": "",
+    "coreinfer": "ties at the boundary go to the lower index (undefined in the official code)",
+}
+
+
+def cases(goldens: Path) -> list[ParityRow]:
+    """Every recorded case under ``goldens/llm``."""
+    folder = goldens / "llm"
+    rows = []
+    for method, deviations in DEVIATIONS.items():
+        for path in sorted((folder / method).glob("*.json")):
+            case = json.loads(path.read_text())
+            compare = globals()[method]
+            equal, difference = compare(case, load_file(path.with_suffix(".safetensors")), load_tiny(folder))
+            rows.append(
+                ParityRow(
+                    method, case["repository"], case["commit"], case["case"], equal, difference, LOGITS, deviations
+                )
+            )
+    return rows

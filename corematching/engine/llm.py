@@ -152,7 +152,8 @@ def _after_layer(
     activations = session.activations.get(index)
     layout = signals.layout
     for choose in session.choose[index]:
-        chosen = choose.select(FFNSignals(index, activations, layout.valid, state.ledger))  # type: ignore[arg-type]
+        weight = session.decoder.layers[index].mlp.down_proj.weight
+        chosen = choose.select(FFNSignals(index, activations, layout.valid, weight, state.ledger))  # type: ignore[arg-type]
         if chosen is not None and chosen.index.shape[1] < session.geometry.ffn_width:
             state.neurons[index] = chosen.index
             state.ffn[index] = session.build_ffn(session.decoder.layers[index].mlp, chosen.index)

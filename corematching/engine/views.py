@@ -232,6 +232,7 @@ class FFNSignals:
     layer: int
     activations: Tensor
     valid: Tensor
+    down_weight: Tensor
     ledger: Ledger
 
     def spend(self, flops: float) -> None:

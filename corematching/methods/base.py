@@ -120,7 +120,10 @@ class ZeroKV:
 
 @dataclass(frozen=True)
 class Neurons:
-    """FFN neurons to compute in decode: long [B, k], ascending per sample."""
+    """FFN neurons to compute in decode: long [B, k], ascending per sample.
+
+    Rows with fewer neurons than others repeat one of theirs; a neuron listed twice is computed once.
+    """
 
     index: Tensor
 
@@ -298,6 +301,8 @@ class FFNView(Protocol):
     """[B, n, I]."""
     valid: Tensor
     """Bool [B, n]."""
+    down_weight: Tensor
+    """[d, I] the layer's down projection."""
 
     def spend(self, flops: float) -> None: ...
 

@@ -1,0 +1,83 @@
+"""CoreInfer: the prompt's most often activated neurons are the only ones that decode computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from corematching.methods.base import ChooseNeurons, FFNView, Geometry, Method, Neurons, Stage, check_budget
+from corematching.methods.core_neurons import layer_range
+
+
+@dataclass(frozen=True)
+class CoreInfer(Method):
+    """CoreInfer, stability-guided (arXiv 2410.18311; repository wangqinsi1/CoreInfer).
+
+    In prefill, every token counts its largest activations (signed, not by magnitude): as many as ``token_keep`` times
+    the average number of positive activations per token, the same for all tokens. The ``keep`` share of the FFN width
+    with the highest counts is computed in decode; prefill stays dense.
+
+    **Fewer neurons may stay**: a neuron that no token counted is never kept, as in the official code.
+
+    Difference from ``core_neurons`` (CoreMatching's definition): there each token's share is of its *own* positive
+    activations. Differences from the official code: among equal counts the lower index wins (there the order is
+    undefined); any layers may be chosen (there the first must be 6, and the published scripts leave the last ones
+    dense too: ``layers=[6, 26]`` of 32); ``keep=1.0`` keeps everything.
+
+    Parameters
+    ----------
+    keep
+        Kept fraction of the FFN width (the official ``sparsity``).
+    token_keep
+        Counted share of the average number of positive activations (the official ``token_sparsity``).
+    layers
+        [first, last] decoder layers, inclusive; None = all.
+    """
+
+    keep: float
+    token_keep: float
+    layers: tuple[int, int] | None
+    acts_on: ClassVar[frozenset[str]] = frozenset({"neurons"})
+
+    def __post_init__(self) -> None:
+        check_budget("keep", self.keep, fraction_only=True)
+        check_budget("token_keep", self.token_keep, fraction_only=True)
+
+    def stages(self, geometry: Geometry) -> list[Stage]:
+        return [ChooseNeurons(layer, self.select) for layer in layer_range(self.layers, geometry.depth)]
+
+    def select(self, view: FFNView) -> Neurons | None:
+        if self.keep == 1:
+            return None
+        width = view.activations.shape[2]
+        view.spend(2 * view.activations.shape[1] * width)
+        return most_counted(token_counts(view.activations, view.valid, self.token_keep), max(1, int(width * self.keep)))
+
+
+def token_counts(activations: Tensor, valid: Tensor, token_keep: float) -> Tensor:
+    """In how many tokens each neuron is among the largest activations: [B, n, I], bool [B, n] -> long [B, I].
+
+    How many count per token is the integer part of ``token_keep`` times the mean number of positive activations.
+    """
+    width = activations.shape[2]
+    positive = ((activations > 0) & valid[..., None]).sum((1, 2))
+    limit = (token_keep * positive.double() / valid.sum(1)).floor().long()[:, None, None]
+    # A token has at most I positive activations, so this is the largest limit there can be.
+    largest = activations.topk(max(1, int(width * token_keep)), dim=2)
+    rank = torch.arange(largest.indices.shape[2], device=activations.device)
+    counted = (rank < limit) & valid[..., None]
+    counts = torch.zeros(activations.shape[0], width, dtype=torch.long, device=activations.device)
+    return counts.scatter_add(1, largest.indices.flatten(1), counted.flatten(1).long())
+
+
+def most_counted(counts: Tensor, most: int) -> Neurons:
+    """The ``most`` neurons with the highest counts, without those that nothing counted."""
+    order = counts.argsort(dim=1, descending=True, stable=True)[:, :most]
+    counted = counts.gather(1, order) > 0
+    width = max(1, *counted.sum(1).tolist())
+    order, counted = order[:, :width], counted[:, :width]
+    # Rows with fewer repeat their most counted neuron.
+    return Neurons(torch.where(counted, order, order[:, :1]).sort(dim=1).values)
