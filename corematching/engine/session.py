@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from corematching.engine import llm
-from corematching.engine.ffn import build_ffn
+from corematching.engine.ffn import FFNBuilder, neuron_major
 from corematching.engine.layout import Layout
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
 from corematching.engine.views import Prompt
-from corematching.engine.vision import TowerRun, image_decision, images_by_row, per_sample, run_tower, stages_of
+from corematching.engine.vision import TowerRun, image_decision, per_sample, run_tower, stages_of
 from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Method, PredictNeurons
 from corematching.models.families import family_of
@@ -64,7 +64,7 @@ class Session:
         self.after = _by_layer(stages, AfterPrefill)
         self.choose = _by_layer(stages, ChooseNeurons)
         self.predict = _by_layer(stages, PredictNeurons)
-        self.build_ffn = build_ffn
+        self.build_ffn = FFNBuilder()
         self.trace = Trace()
         self.states: WeakKeyDictionary[Any, PromptState] = WeakKeyDictionary()
         self.active: PromptState | None = None
@@ -98,6 +98,7 @@ class Session:
             self._hook(norm.register_forward_hook(functools.partial(self._note_attended, index)))
         for index in sorted({*self.choose, *self.predict}):
             mlp = self.decoder.layers[index].mlp
+            self._undo.append(neuron_major(mlp))
             self._replace(mlp, "forward", functools.partial(self._mlp_forward, index, mlp.forward))
 
     def remove(self) -> None:
@@ -140,7 +141,7 @@ class Session:
         for stage in self.predict[index]:
             chosen = stage.predict(x).index
             self.active.neurons[index] = chosen
-            return self.build_ffn(self.decoder.layers[index].mlp, chosen)(x)
+            return self.build_ffn.once(self.decoder.layers[index].mlp, chosen)(x)
         ffn = self.active.ffn.get(index)
         return dense(x) if ffn is None else ffn(x)
 
@@ -209,21 +210,17 @@ class Session:
         run = self.tower_run
         if run is None:
             raise UserError("vision-side methods need pixel_values to pass through the installed model")
-        run.prompt = prompt
-        run.images_per_row = sum(state.images) / len(state.images)
-        # What the blocks booked, per image, before there was a prompt; from here on the run books to the prompt.
-        state.ledger.flops += run.ledger.flops * run.images_per_row
-        run.ledger = state.ledger
+        run.book(prompt, state.images, state.ledger)
         total = run.states[0].shape[0]
         state.vision_tokens = [tokens * sum(state.images) // total for tokens in run.attention_tokens]
         state.vision_mlp_tokens = [tokens * sum(state.images) // total for tokens in run.mlp_tokens]
         decision = image_decision(run, self.output)
         if decision is None:
-            rows = torch.tensor([i for own in images_by_row(state.images, total) for i in own], device=hidden.device)
+            rows = torch.tensor([i for own in run.images for i in own], device=hidden.device)
             features = run.projected[rows]
             return hidden.masked_scatter(prompt.visual_mask[..., None], features.to(hidden.dtype)), layout
         renumber = self.output.renumber if self.output is not None else self.blocks.renumber  # type: ignore[union-attr]
-        replaced = per_sample(decision, state.images, self.geometry.image_tokens, layout)
+        replaced = per_sample(decision, run.images, self.geometry.image_tokens)
         if not run.projects_all:
             state.projected_tokens = sum(replaced.counts or [])
         layout, hidden = layout.replace(replaced, hidden, renumber)

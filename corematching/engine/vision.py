@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.engine.layout import Layout
+from corematching.engine.clip import instructions, load_clip_text
 from corematching.engine.views import Ledger, Prompt
 from corematching.errors import UserError
 from corematching.methods.base import Merge, Replace, VisionBlocks, VisionOutput
@@ -50,9 +50,11 @@ class TowerRun:
     attention_tokens: list[int]
     mlp_tokens: list[int]
     ledger: Ledger = field(default_factory=Ledger)
+    model_path: str = ""
+    """Where the whole model came from: its tokenizer lies there."""
     prompt: Prompt | None = None
-    images_per_row: float = 1.0
-    """Images per batch row, on average: turns overhead per image into overhead per row."""
+    images: list[range] = field(default_factory=list)
+    """The images of each batch row; rows of one prompt's beams share them."""
     _keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _projected: Tensor | None = field(default=None, repr=False)
 
@@ -107,6 +109,28 @@ class TowerRun:
         """Whether every feature went through the projector, as it must for methods that choose after it."""
         return self._projected is not None
 
+    def clip_embeddings(self, text_model: str) -> tuple[Tensor, list[Tensor]]:
+        assert self.prompt is not None
+        clip = load_clip_text(text_model, self.model_path, self.features.device, self.features.dtype)
+        embeds = clip.patches(self.tower.post_layernorm(self.features), text_model)  # type: ignore[operator]
+        of_rows = clip.texts(instructions(self.prompt, clip))
+        rows = {image: row for row, own in enumerate(self.images) for image in own}
+        self.spend(2 * embeds[0].numel() * self.features.shape[-1])
+        self.ledger.flops += clip.flops(sum(map(len, of_rows)) / len(of_rows))
+        return embeds, [of_rows[rows[image]] for image in range(len(embeds))]
+
+    def book(self, prompt: Prompt, images: list[int], ledger: Ledger) -> None:
+        """Attach to a prompt with so many images per row: from here on overhead counts as that prompt's."""
+        self.prompt = prompt
+        self.images = images_by_row(images, self.features.shape[0])
+        ledger.flops += self.ledger.flops * self.images_per_row
+        self.ledger = ledger
+
+    @property
+    def images_per_row(self) -> float:
+        """Turns overhead per image into overhead per row."""
+        return sum(map(len, self.images)) / max(len(self.images), 1) if self.images else 1.0
+
     def spend(self, flops: float) -> None:
         self.ledger.flops += flops * self.images_per_row
 
@@ -145,6 +169,7 @@ def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks |
         attention_tokens=attention_tokens,
         mlp_tokens=mlp_tokens,
         ledger=ledger,
+        model_path=config._name_or_path,
     )
 
 
@@ -215,20 +240,20 @@ def images_by_row(images: list[int], total: int) -> list[range]:
     return rows
 
 
-def per_sample(decision: Replace, images: list[int], image_tokens: int, layout: Layout) -> Replace:
+def per_sample(decision: Replace, images: list[range], image_tokens: int) -> Replace:
     """Turn per-image tokens into per-sample ones; samples may hold several images, beams repeat their sample's.
 
     Parameters
     ----------
     images
-        Images of each batch row.
+        The images of each batch row.
     image_tokens
         Visual tokens of one image before reduction.
     """
     counts = decision.counts or [decision.origin.shape[1]] * decision.origin.shape[0]
     slot = decision.origin if decision.slot is None else decision.slot
     rows = []
-    for own in images_by_row(images, decision.origin.shape[0]):
+    for own in images:
         hidden = [decision.hidden[i, : counts[i]] for i in own]
         origin = [decision.origin[i, : counts[i]] for i in own]
         origin = [torch.where(part < 0, -1, part + k * image_tokens) for k, part in enumerate(origin)]
@@ -236,7 +261,7 @@ def per_sample(decision: Replace, images: list[int], image_tokens: int, layout: 
         rows.append((hidden, origin, slots))
     width = max(sum(len(part) for part in origin) for _, origin, _ in rows)
     new = decision.hidden.new_zeros(len(rows), width, decision.hidden.shape[-1])
-    new_origin = layout.source.new_full((len(rows), width), -1)
+    new_origin = decision.origin.new_full((len(rows), width), -1)
     new_slot = torch.zeros_like(new_origin)
     kept = []
     for row, (hidden, origin, slots) in enumerate(rows):

@@ -241,6 +241,14 @@ class VisionView(Protocol):
         """[N, P, d] ``features`` after the multi-modal projector, computed once."""
         ...
 
+    def clip_embeddings(self, text_model: str) -> tuple[Tensor, list[Tensor]]:
+        """CLIP's embeddings, not normalised: [N, P, c] of the patches, per image [M, c] of its prompt's instruction.
+
+        ``text_model`` is the path or hub id of the CLIP model that the tower comes from; M counts segments of CLIP's
+        context length.
+        """
+        ...
+
     def spend(self, flops: float) -> None:
         """Book method overhead, in FLOPs per image (2 per multiply-add)."""
         ...
