@@ -1,16 +1,74 @@
-"""Decode-time FFNs that compute chosen neurons only."""
+"""Decode-time FFNs that read chosen neurons only.
+
+A neuron of a gated FFN is one row of the gate weight, one row of the up weight and one column of the down weight.
+:func:`neuron_major` stores the down weight so that its columns are contiguous too; then choosing neurons means reading
+whole rows. On a GPU a kernel reads them inside the matrix-vector product (:mod:`corematching.engine.kernels`). On a CPU
+they are gathered once per prompt into buffers that outlive it, and only when the answer is long enough to repay that.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from corematching.engine import kernels
+
+GATHER_AFTER = 3
+"""Decode steps computed densely before neurons are gathered on a CPU. Gathering costs about as much as two to four
+dense steps save (``corematching.efficiency.breakeven`` measures it), and an answer that has lasted this long is expected
+to last at least as long again."""
+CACHED_BYTES = 2**23
+"""FFNs up to this size sit in a CPU's last-level cache, where gathering costs next to nothing."""
+GATHER_ONCE_SHARE = 0.2
+"""Largest kept share for which gathering for one single step beats the dense FFN: a gathered byte is read, written and
+read again, a dense one is read once, and rows in random order come slower."""
+
+
+def neuron_major(mlp: Any) -> Callable[[], None]:
+    """Store the down weight neuron by neuron, in place; values and shapes stay the same.
+
+    Returns
+    -------
+    A function that restores the original storage order, and with it bit-identical results.
+    """
+    down = mlp.down_proj.weight
+    if down.data.t().is_contiguous():
+        return lambda: None
+    with torch.inference_mode(False), torch.no_grad():
+        down.data = down.data.t().contiguous().t()
+
+    def restore() -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            down.data = down.data.contiguous()
+
+    return restore
+
+
+@dataclass
+class Rows:
+    """Room for the gathered rows of one FFN, used by one prompt after another."""
+
+    gate_up: Tensor
+    """[2k, d]: k gate rows, then k up rows."""
+    down: Tensor
+    """[k, d]: rows of the transposed down weight."""
+    owner: object = None
+    """Whose neurons lie here now."""
+
+    @classmethod
+    def like(cls, mlp: Any, count: int) -> Rows:
+        weight = mlp.gate_proj.weight
+        with torch.inference_mode(False):
+            return cls(weight.new_empty(2 * count, weight.shape[1]), weight.new_empty(count, weight.shape[1]))
+
 
 class SlicedFFN:
-    """A gated FFN cut down to some neurons: contiguous copies of their gate, up and down weights.
+    """A gated FFN cut down to some neurons.
 
     Parameters
     ----------
@@ -18,25 +76,54 @@ class SlicedFFN:
         Module with ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn`` (weights [I, d], [I, d], [d, I]).
     index
         Long [k]: neurons to keep.
+    rows
+        Where to gather them; own room if None. Another FFN may take the room over, then they are gathered again.
+    gather_after
+        Steps to compute densely (same numbers, unchosen activations zeroed) before gathering.
     """
 
     mode = "sliced"
 
-    def __init__(self, mlp: Any, index: Tensor) -> None:
-        self.act = mlp.act_fn
-        self.gate = mlp.gate_proj.weight.index_select(0, index)
-        self.up = mlp.up_proj.weight.index_select(0, index)
-        self.down = mlp.down_proj.weight.index_select(1, index)
-        self.gate_bias, self.up_bias = (
+    def __init__(self, mlp: Any, index: Tensor, rows: Rows | None = None, gather_after: int = 0) -> None:
+        self.mlp = mlp
+        self.index = index
+        self.rows = rows
+        self.gather_after = gather_after
+        self.masked_steps = 0
+        self._masked = MaskedFFN(mlp, index[None]) if gather_after else None
+        self._biases = tuple(
             None if linear.bias is None else linear.bias.index_select(0, index)
             for linear in (mlp.gate_proj, mlp.up_proj)
         )
-        self.down_bias = mlp.down_proj.bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, q, d] -> [B, q, d]."""
-        gate = self.act(functional.linear(x, self.gate, self.gate_bias))
-        return functional.linear(gate * functional.linear(x, self.up, self.up_bias), self.down, self.down_bias)
+        if self._masked is not None:
+            if self.masked_steps < self.gather_after:
+                self.masked_steps += x.shape[1]
+                return self._masked(x)
+            self._masked = None
+        if kernels.usable(self.mlp, x):
+            return kernels.gather_ffn(self.mlp, self.index, x)
+        rows = self._gathered()
+        gate, up = functional.linear(x, rows.gate_up).chunk(2, dim=-1)
+        gate_bias, up_bias = self._biases
+        gate = gate if gate_bias is None else gate + gate_bias
+        up = up if up_bias is None else up + up_bias
+        out = (self.mlp.act_fn(gate) * up) @ rows.down
+        return out if self.mlp.down_proj.bias is None else out + self.mlp.down_proj.bias
+
+    def _gathered(self) -> Rows:
+        if self.rows is None:
+            self.rows = Rows.like(self.mlp, len(self.index))
+        rows, count = self.rows, len(self.index)
+        if rows.owner is not self:
+            with torch.no_grad():
+                torch.index_select(self.mlp.gate_proj.weight, 0, self.index, out=rows.gate_up[:count])
+                torch.index_select(self.mlp.up_proj.weight, 0, self.index, out=rows.gate_up[count:])
+                torch.index_select(self.mlp.down_proj.weight.t(), 0, self.index, out=rows.down)
+            rows.owner = self
+        return rows
 
 
 class MaskedFFN:
@@ -59,8 +146,47 @@ class MaskedFFN:
         return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) * self.mask)
 
 
-def build_ffn(mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
-    """The decode FFN for neuron sets ``index`` [B, k]; sliced when every row (one sample, or its beams) agrees."""
-    if index.shape[0] == 1 or bool((index == index[:1]).all()):
-        return SlicedFFN(mlp, index[0])
-    return MaskedFFN(mlp, index)
+@dataclass
+class FFNBuilder:
+    """Makes the decode FFNs of one installed method and keeps the room their rows are gathered into.
+
+    Parameters
+    ----------
+    gather_after
+        Overrides the number of dense steps before gathering; None decides by device and size.
+    """
+
+    gather_after: int | None = None
+    _rows: dict[int, Rows] = field(default_factory=dict, repr=False)
+
+    def __call__(self, mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
+        """The FFN of one prompt for neuron sets [B, k]; sliced when every row (one sample, or its beams) agrees."""
+        if not _rows_agree(index):
+            return MaskedFFN(mlp, index)
+        patience = self._patience(mlp) if self.gather_after is None else self.gather_after
+        return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]), patience)
+
+    def once(self, mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
+        """The FFN of one single step, for methods that choose anew for every token."""
+        weight = mlp.gate_proj.weight
+        gathers = not kernels.available(weight.device) and self._patience(mlp) > 0
+        if not _rows_agree(index) or (gathers and index.shape[1] > GATHER_ONCE_SHARE * weight.shape[0]):
+            return MaskedFFN(mlp, index)
+        return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]))
+
+    def _patience(self, mlp: Any) -> int:
+        weight = mlp.gate_proj.weight
+        small = 3 * weight.numel() * weight.element_size() <= CACHED_BYTES
+        return 0 if small or weight.device.type != "cpu" else GATHER_AFTER
+
+    def _room(self, mlp: Any, count: int) -> Rows | None:
+        if kernels.available(mlp.gate_proj.weight.device):
+            return None
+        rows = self._rows.get(id(mlp))
+        if rows is None or len(rows.down) != count:
+            rows = self._rows[id(mlp)] = Rows.like(mlp, count)
+        return rows
+
+
+def _rows_agree(index: Tensor) -> bool:
+    return index.shape[0] == 1 or bool((index == index[:1]).all())

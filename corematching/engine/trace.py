@@ -33,6 +33,9 @@ class SampleTrace:
     ffn_mode: str
     """How decode computes FFNs: "dense", "sliced" (only chosen neurons are computed) or "masked" (a batch whose
     samples chose differently: same numbers, nothing saved)."""
+    masked_steps: int
+    """Decode steps at the start of a sliced answer whose FFNs were still computed whole, because gathering the chosen
+    rows would not have repaid itself had the answer ended there."""
     vision_tokens: list[int]
     """Per tower layer: tokens entering its attention, all images together ([CLS] included)."""
     vision_mlp_tokens: list[int]
