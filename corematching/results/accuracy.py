@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -44,7 +44,7 @@ def title(benchmark: str) -> str:
         return benchmark
 
 
-def benchmark_order(names: Sequence[str]) -> list[str]:
+def benchmark_order(names: Iterable[str]) -> list[str]:
     """Benchmarks in the order of the paper's tables, others after them by name."""
     return sorted(
         set(names), key=lambda name: (BENCHMARKS.index(name) if name in BENCHMARKS else len(BENCHMARKS), name)
@@ -217,7 +217,7 @@ def _share(own: dict[str, dict], dense: dict[str, float]) -> Entry:
     if not dense:
         return hole("no dense score to compare with")
     values = {name: own[name]["value"] if name in own else math.nan for name in dense}
-    absent = [title(name) for name, value in values.items() if not math.isfinite(value)]
+    absent = [title(name) for name in benchmark_order(values) if not math.isfinite(values[name])]
     if absent:
         return hole(f"no score on {', '.join(absent)}, which dense has")
     return number(100 * float(np.mean([values[name] / dense[name] for name in dense])))

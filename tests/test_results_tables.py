@@ -1,0 +1,342 @@
+"""Tables: right numbers, marks and holes; the same numbers in every format; deterministic files."""
+
+import csv
+import html
+import io
+import re
+import shutil
+import subprocess
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_store import (
+    cell_config,
+    cell_record,
+    samples_table,
+    write_accuracy_cell,
+    write_cell,
+    write_efficiency_cell,
+    write_store,
+)
+
+from corematching.errors import UserError
+from corematching.results import render
+from corematching.results.aggregate import aggregate, write_tables
+from corematching.results.command import aggregate_command
+from corematching.results.reference import load_reference
+from corematching.results.tables import HOLE, MINI_BANNER, Column, Entry, Row, Table, budget, mark, number, significant
+
+LATEX = shutil.which("tectonic") or shutil.which("pdflatex")
+
+
+def write_scores(folder, method, keep, benchmark, scores, **options):
+    config = cell_config(method, keep, benchmark, len(scores), **options)
+    scores = np.asarray(scores, dtype=float)
+    record = cell_record(config, value=100 * float(scores.mean()), n=len(scores))
+    write_cell(folder, record, samples_table(scores))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = write_store(tmp_path_factory.mktemp("results"), n=60)
+    write_cell(folder, cell_record(cell_config("fastv", 32, "gqa", 60), status="failed"))
+    write_cell(folder, cell_record(cell_config("fastv", 32, "mmvet", 60), status="not_scored"))
+    for method, keep, total in (("dense", None, 40.0), ("fastv", 64, 16.0)):
+        write_efficiency_cell(
+            folder, method, keep, prefill_ms=total / 2, end_to_end_ms=total, decode_ms_per_token=1.0, kv_bytes=2**20
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def aggregation(sweep):
+    return aggregate([sweep])
+
+
+def table_named(aggregation, name):
+    return next(table for table in aggregation.tables if table.name == name)
+
+
+def row_of(table, *starts):
+    return next(row for row in table.rows if tuple(entry.text for entry in row.entries[: len(starts)]) == starts)
+
+
+def entry_of(table, title, *starts):
+    column = [column.title for column in table.columns].index(title)
+    return row_of(table, *starts).entries[column]
+
+
+def test_scores_and_share_of_dense(tmp_path):
+    folder = tmp_path / "e"
+    write_scores(folder, "dense", None, "gqa", [1, 1, 1, 1, 0])
+    write_scores(folder, "dense", None, "pope", [1, 0, 1, 0, 0])
+    write_scores(folder, "fastv", 64, "gqa", [1, 1, 0, 0, 0])
+    write_scores(folder, "fastv", 64, "pope", [1, 0, 0, 0, 0])
+    table = table_named(aggregate([folder]), "accuracy")
+    assert entry_of(table, "GQA", "fastv", "64").text == "40.0"
+    assert entry_of(table, "% of dense", "dense", "all").text == "100.0"
+    assert entry_of(table, "% of dense", "fastv", "64").text == "50.0"  # mean of 40/80 and 20/40
+    assert entry_of(table, "Tokens/layer", "fastv", "64").text == f"{(2 * 576 + 10 * 64) / 12:.1f}"
+
+
+def test_benchmarks_stand_in_the_papers_order(aggregation):
+    titles = [column.title for column in table_named(aggregation, "accuracy").columns]
+    assert titles[4:-1] == ["GQA", "TextVQA", "POPE", "MM-Vet"]
+
+
+def test_dense_comes_first_and_controls_lead_their_budget(aggregation):
+    rows = [(row.entries[0].text, row.entries[1].text) for row in table_named(aggregation, "accuracy").rows]
+    assert rows[:4] == [("dense", "all"), ("random", "192"), ("corematching", "192"), ("fastv", "192")]
+
+
+def test_holes_say_why(aggregation):
+    table = table_named(aggregation, "accuracy")
+    failed, unscored = (entry_of(table, title, "fastv", "32") for title in ("GQA", "MM-Vet"))
+    assert failed.text == unscored.text == HOLE
+    assert failed.reason == "failed: RuntimeError: out of <memory> & time"
+    assert unscored.reason == "not scored: no judge is configured"
+    assert entry_of(table, "POPE", "fastv", "32").reason == "not run"
+    assert entry_of(table, "% of dense", "fastv", "32").reason == "no score on GQA, TextVQA, POPE, which dense has"
+    assert len(table.holes()) == len(set(table.holes()))
+
+
+def test_mini_tables_say_that_they_are_not_comparable(aggregation, tmp_path):
+    for table in aggregation.tables:
+        if table.name != "hardware":
+            assert table.banner == MINI_BANNER
+            assert all(MINI_BANNER in html.unescape(show(table)) for show in render.FORMATS.values())
+    real = write_store(tmp_path, methods=("dense", "fastv"), n=20, data="hub")
+    assert all(table.banner == "" for table in aggregate([real]).tables)
+
+
+def test_caption_states_model_data_n_and_conventions(aggregation):
+    caption = table_named(aggregation, "accuracy").caption
+    for part in ("Model tiny (float32)", "data mini", "prompt llava15", "n = 60", "2 per multiply-add", "Bold", HOLE):
+        assert part in caption
+
+
+def test_power_note_names_every_benchmark(aggregation):
+    (note,) = [note for note in table_named(aggregation, "accuracy").notes if "80 % power" in note]
+    assert re.search(r"GQA \d+\.\d, TextVQA \d+\.\d, POPE \d+\.\d", note)
+
+
+def test_ties_are_marked(tmp_path):
+    rng = np.random.default_rng(0)
+    dense = (rng.random(100) < 0.8).astype(float)
+    near, far = dense.copy(), dense.copy()
+    near[:2] = 1 - near[:2]
+    far[:60] = 0
+    for method, keep, scores in (("dense", None, dense), ("fastv", 64, near), ("random", 64, far)):
+        write_scores(tmp_path / "e", method, keep, "gqa", scores)
+    table = table_named(aggregate([tmp_path / "e"]), "accuracy")
+    assert entry_of(table, "GQA", "fastv", "64").tie
+    assert not entry_of(table, "GQA", "random", "64").tie
+    assert not entry_of(table, "GQA", "dense", "all").tie
+    assert "McNemar" in entry_of(table, "GQA", "random", "64").detail
+
+
+def simple(*texts, better="higher", block="b"):
+    rows = tuple(Row((number(float(text)) if text != HOLE else Entry(HOLE, reason="x"),), block) for text in texts)
+    return Table("t", "T", "c", (Column("a", "A", better),), rows)
+
+
+def marks(table):
+    return [row.entries[0].mark for row in mark(table).rows]
+
+
+def test_marks():
+    assert marks(simple("1", "3", "2")) == ["", "best", "second"]
+    assert marks(simple("1", "3", "2", better="lower")) == ["best", "", "second"]
+    # What reads the same is marked the same, and holes never are.
+    assert marks(simple("3.01", "3.04", HOLE, "2")) == ["best", "best", "", "second"]
+    assert marks(simple("3", "3")) == ["", ""]
+    assert marks(simple("3", "2", block=None)) == ["", ""]
+    assert marks(simple("3", "2", better="")) == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (1234.5, "1234"), (12.345, "12.3"), (0.012345, "0.0123"), (-2.5, "-2.50")]
+)
+def test_significant_digits_without_exponents(value, text):
+    assert significant(value).text == text
+
+
+def test_numbers_that_are_none_become_holes():
+    assert number(float("nan"), reason="why") == Entry(HOLE, reason="why")
+    assert significant(None).text == HOLE
+    assert number(-0.04).text == "-0.0"
+
+
+@pytest.mark.parametrize(("keep", "text"), [(None, "all"), (64, "64"), (0.4, "40 %"), (1.0, "100 %"), (1, "1")])
+def test_budgets_in_words(keep, text):
+    assert budget(keep) == text
+
+
+def texts_in(suffix, text):
+    """The table body's fields as read back from a format, marks and footnotes stripped."""
+    if suffix == "csv":
+        return [row[:-1] for row in list(csv.reader(io.StringIO(text)))[1:]]
+    if suffix == "md":
+        lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+        cleaned = [[re.sub(r"<sup>\d+</sup>|\*\*|</?u>| ≈", "", field) for field in row] for row in rows]
+        return [[html.unescape(re.sub(r"\\(.)", r"\1", field)).strip() for field in row] for row in cleaned]
+    if suffix == "html":
+        body = text.partition("<tbody>")[2].partition("</tbody>")[0]
+        rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.splitlines() if row]
+        clean = [[re.sub(r"<sup>.*?</sup>|<span.*?</span>|<[^>]+>", "", field) for field in row] for row in rows]
+        return [[html.unescape(field).strip() for field in row] for row in clean]
+    body = text.partition(r"\midrule")[2].partition(r"\bottomrule")[0]
+    rows = [line.removesuffix(r" \\").split(" & ") for line in body.splitlines() if line.endswith(r"\\")]
+    clean = [[re.sub(r"\\rlap\{.*\}$", "", field) for field in row] for row in rows]
+    clean = [[re.sub(r"\\(textbf|underline)\{([^}]*)\}", r"\2", field) for field in row] for row in clean]
+    symbols = {r"\%": "%", r"\_": "_", r"$\pm$": "±", "---": HOLE}
+    for symbol, plain in symbols.items():
+        clean = [[field.replace(symbol, plain) for field in row] for row in clean]
+    return clean
+
+
+def test_numbers_agree_in_all_formats(aggregation):
+    for table in aggregation.tables:
+        expected = [[entry.text + entry.spread for entry in row.entries] for row in table.rows]
+        for suffix, show in render.FORMATS.items():
+            assert texts_in(suffix, show(table)) == expected, (table.name, suffix)
+
+
+def test_same_store_same_bytes(sweep, tmp_path):
+    first = write_tables(aggregate([sweep]), tmp_path / "a")
+    second = write_tables(aggregate([sweep]), tmp_path / "b")
+    assert [path.name for path in first] == [path.name for path in second]
+    assert all(one.read_bytes() == two.read_bytes() for one, two in zip(first, second, strict=True))
+
+
+HOSTILE = r"a|b & c_d % $x$ #1 {z} ~ ^ \ <b> * ` [l](u) é 中"
+
+
+def test_hostile_text_is_escaped_everywhere():
+    table = Table("t", HOSTILE, HOSTILE, (Column("a", HOSTILE, numeric=False),), (Row((Entry(HOSTILE),)),), (HOSTILE,))
+    latex = render.to_latex(table)
+    assert r"a|b \& c\_d \% \$x\$ \#1 \{z\} \textasciitilde{} \textasciicircum{} \textbackslash{}" in latex
+    assert "<b>" not in render.to_html(table)
+    markdown = render.to_markdown(table)
+    assert "<b>" not in markdown
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in markdown.splitlines() if line.startswith("|")}) == 1
+    assert next(csv.reader(io.StringIO(render.to_csv(table))))[0] == HOSTILE
+
+
+def test_scaling_has_one_column_per_budget_with_half_intervals(aggregation):
+    table = table_named(aggregation, "scaling")
+    assert [column.title for column in table.columns] == ["Benchmark", "Method", "all (dense)", "192", "64", "32"]
+    entry = entry_of(table, "192", "POPE", "fastv")
+    assert re.fullmatch(r" ± \d+\.\d", entry.spread)
+    assert entry.text == entry_of(table_named(aggregation, "accuracy"), "POPE", "fastv", "192").text
+
+
+def test_no_scaling_table_for_one_budget(tmp_path):
+    folder = write_store(tmp_path, keeps=(64,), n=20)
+    assert "scaling" not in {table.name for table in aggregate([folder]).tables}
+
+
+def test_ablation_shows_what_varies(tmp_path):
+    draws = np.linspace(0, 1, 40)
+    for method, keep, extra in (
+        ("dense", None, {}),
+        ("core_tokens", 64, {"rho": 0.2, "score": "core", "label": "tokens only"}),
+        ("core_tokens", 64, {"rho": 0.1, "score": "core", "label": "rho 0.1"}),
+        ("corematching", 64, {"rho": 0.2, "score": "core", "label": "both"}),
+        ("fastv", 64, {}),
+    ):
+        write_accuracy_cell(tmp_path / "e", cell_config(method, keep, "gqa", 40, **extra), draws, skill=0.6)
+    table = table_named(aggregate([tmp_path / "e"]), "ablation")
+    titles = [column.title for column in table.columns]
+    assert titles[1:3] == ["method", "rho"]
+    assert "score" not in titles  # the same in every variant
+    assert [row.entries[0].text for row in table.rows] == ["dense", "both", "rho 0.1", "tokens only"]
+    assert entry_of(table, "rho", "rho 0.1").text == "0.1"
+
+
+def test_hardware_speed_up_is_against_dense_of_the_same_setting(tmp_path, aggregation):
+    table = table_named(aggregation, "hardware")
+    titles = [column.title for column in table.columns]
+    column = titles.index("Speed-up")
+    assert [row.entries[column].text for row in table.rows] == ["1.00", "2.50"]
+    assert titles[titles.index("Keep") + 1] == "Prefill ms"
+    write_efficiency_cell(tmp_path / "e", "fastv", 64, end_to_end_ms=5.0)
+    write_efficiency_cell(tmp_path / "e", "dense", None, end_to_end_ms=50.0, output_tokens=128)
+    alone = table_named(aggregate([tmp_path / "e"]), "hardware")
+    assert alone.rows[0].entries[column].reason == "no dense row with this device, regime and output length"
+
+
+def test_predicted_rows_say_so(tmp_path):
+    write_efficiency_cell(tmp_path / "e", "dense", None, end_to_end_ms=5.0, predicted=True)
+    (row,) = table_named(aggregate([tmp_path / "e"]), "hardware").rows
+    assert row.entries[2].text == "resident (predicted)"
+
+
+def test_reference_numbers_all_have_a_source():
+    reference = load_reference()
+    assert len(reference) > 0
+    assert (reference["source"].str.len() > 10).all()
+    dense = reference[(reference["model"] == "llava_1_5_7b") & (reference["method"] == "dense")]
+    assert dict(zip(dense["benchmark"], dense["value"], strict=True))["gqa"] == 62.0
+
+
+def test_a_number_without_source_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("model,method,keep,benchmark,metric,value,source\nm,dense,,gqa,accuracy,60,\n")
+    with pytest.raises(UserError, match=r"x\.csv line 2 has no source"):
+        load_reference(tmp_path)
+
+
+def test_published_numbers_stand_apart_and_only_beside_real_data(tmp_path):
+    mini = write_store(tmp_path / "mini", models=("llava_1_5_7b",), methods=("dense",), n=20)
+    real = write_store(tmp_path / "real", models=("llava_1_5_7b",), methods=("dense",), n=20, data="hub")
+    assert "published" not in {table.name for table in aggregate([mini]).tables}
+    tables = {table.name: table for table in aggregate([real]).tables}
+    assert entry_of(tables["published"], "Published", "llava_1_5_7b", "dense", "all", "GQA").text == "62.0"
+    assert "62.0" not in render.to_csv(tables["accuracy"])
+
+
+def test_two_models_get_a_table_each(tmp_path):
+    folder = write_store(tmp_path, models=("tiny", "other"), methods=("dense",), benchmarks=("gqa",), n=20)
+    assert {table.name for table in aggregate([folder]).tables} == {"accuracy_tiny", "accuracy_other"}
+
+
+def test_statistics_file_holds_every_comparison(aggregation, tmp_path):
+    write_tables(aggregation, tmp_path)
+    frame = pd.read_csv(tmp_path / "statistics.csv")
+    assert len(frame) == len(aggregation.cells)
+    assert {"low", "high", "p", "p_holm", "tie", "detectable", "estimator"} <= set(frame.columns)
+
+
+def test_command_line(sweep, tmp_path, capsys):
+    assert aggregate_command([str(sweep), "--out", str(tmp_path), "--no-figures"]) == 0
+    assert (tmp_path / "tables" / "accuracy.tex").is_file()
+    assert aggregate_command([str(tmp_path / "nowhere")]) == 2
+    assert aggregate_command([str(sweep), str(sweep)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert errors[0].startswith("error: ")
+    assert "nowhere" in errors[0]
+
+
+def test_an_empty_store_gives_no_tables(tmp_path):
+    (tmp_path / "e" / "cells").mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        aggregation = aggregate([tmp_path / "e"])
+        written = write_tables(aggregation, tmp_path / "out")
+    assert aggregation.tables == []
+    assert {path.name for path in written} == {"tables.tex", "statistics.csv"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(LATEX is None, reason="neither tectonic nor pdflatex is installed, so LaTeX was not compiled")
+def test_latex_compiles(aggregation, tmp_path):
+    hostile = Table("hostile", HOSTILE, HOSTILE, (Column("a", HOSTILE),), (Row((Entry(HOSTILE, tie=True),)),))
+    render.write([*aggregation.tables, hostile], tmp_path)
+    options = ["-interaction=nonstopmode", "-halt-on-error"] if LATEX.endswith("pdflatex") else []
+    run = subprocess.run([LATEX, *options, "tables.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert (tmp_path / "tables.pdf").stat().st_size > 10_000
