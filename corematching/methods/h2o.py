@@ -1,0 +1,51 @@
+"""H2O: the positions that received most attention, and the most recent ones, stay in the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from corematching.methods.base import AfterPrefill, Budget, Geometry, KeepKV, KVView, Method, Stage, count_of
+from corematching.methods.kv import attention_received, check_parts, distance_from_end, keep_best, kept_counts, per_row
+
+
+@dataclass(frozen=True)
+class H2O(Method):
+    """Heavy-Hitter Oracle (NeurIPS 2023, arXiv 2306.14048; repository FMInference/H2O).
+
+    After prefill, every layer and head sums the attention each position received from all prompt positions, keeps the
+    last ``recent`` positions and the heaviest of the others. Attention is recomputed a few query rows at a time.
+
+    Differences from the official code: it goes on evicting one row per decoded token, here the prompt's cache is cut
+    once and decoded tokens are added; key heads shared by several query heads take their mean.
+
+    Parameters
+    ----------
+    keep
+        KV rows to keep per layer and head, recent ones included: a count, or a fraction of the tokens that entered
+        the layer. Prompts that are not longer stay whole.
+    recent
+        How many of them are the last positions (count or fraction, likewise).
+    """
+
+    keep: Budget
+    recent: Budget
+    acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
+
+    def __post_init__(self) -> None:
+        check_parts(self.keep, "recent", self.recent)
+
+    def stages(self, geometry: Geometry) -> list[Stage]:
+        return [AfterPrefill(layer, self.select) for layer in range(geometry.depth)]
+
+    def select(self, view: KVView) -> KeepKV | None:
+        counts = kept_counts(view, self.keep)
+        if counts == view.lengths:
+            return None
+        recent = [min(c, count_of(self.recent, length)) for c, length in zip(counts, view.lengths, strict=True)]
+        received = attention_received(view, view.valid.shape[1], view.valid[..., None])[:, :, 0]
+        scores = received.masked_fill(~view.valid[:, None], -torch.inf)
+        last = distance_from_end(view.valid) <= per_row(recent, scores)
+        return keep_best(scores.masked_fill(last[:, None], torch.inf), counts)

@@ -1,0 +1,104 @@
+"""What the KV-cache methods share: budgets, attention sums over chosen query rows, and keeping the best positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from corematching.errors import UserError
+from corematching.methods.base import Budget, KeepKV, KVView, check_budget, count_of
+
+ROWS_AT_ONCE = 64
+"""Query rows whose attention is held at a time."""
+
+
+def check_parts(keep: Budget, part_name: str, part: Budget) -> None:
+    """Refuse budgets that are out of range or, where comparable, a part larger than the whole."""
+    check_budget("keep", keep)
+    check_budget(part_name, part)
+    if type(keep) is type(part) and part > keep:
+        raise UserError(f"{part_name}={part} is not valid: give at most keep={keep}")
+
+
+def kept_counts(view: KVView, keep: Budget) -> list[int]:
+    """KV rows to keep per sample; fractions are of the tokens that entered the layer."""
+    return [count_of(keep, length) for length in view.lengths]
+
+
+def distance_from_end(valid: Tensor) -> Tensor:
+    """Long [1, n]: 1 for the last position (sequences are left-padded)."""
+    return torch.arange(valid.shape[1], 0, -1, device=valid.device)[None]
+
+
+def per_row(counts: list[int], like: Tensor) -> Tensor:
+    """Host counts as [B, 1] on the device."""
+    return torch.tensor(counts, device=like.device)[:, None]
+
+
+def attention_received(view: KVView, rows: int, weights: Tensor, plus_one: bool = False) -> Tensor:
+    """Weighted sums of attention probabilities over the last query rows, a few rows at a time.
+
+    Parameters
+    ----------
+    rows
+        How many of the last positions query.
+    weights
+        [B, rows, G]: weight of each query row in each of G sums (0 on padding).
+    plus_one
+        Add one to the softmax's denominator ("softmax-one"), so that a row may attend to nothing.
+
+    Returns
+    -------
+    [B, H_kv, G, n], mean over the query heads that share a key head.
+    """
+    batch, kv_heads, length, head_dim = view.keys.shape
+    keys = view.keys.transpose(2, 3)
+    received = keys.new_zeros(batch, kv_heads, weights.shape[2], length, dtype=torch.float32)
+    index = torch.arange(length, device=keys.device)
+    first = length - rows
+    for start in range(first, length, ROWS_AT_ONCE):
+        chunk = index[start : start + ROWS_AT_ONCE]
+        queries = view.queries(chunk)
+        groups = queries.shape[1] // kv_heads
+        # Query heads of one key head lie together: [B, H_kv, groups * R, hd].
+        logits = (queries.unflatten(1, (kv_heads, groups)).flatten(2, 3) @ keys).float() * head_dim**-0.5
+        visible = (index <= chunk[:, None]) & view.valid[:, None]
+        logits = logits.unflatten(2, (groups, -1)).masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
+        if plus_one:
+            # A further logit of 0, whose probability is dropped.
+            logits = torch.nn.functional.pad(logits, (1, 0))
+        probabilities = logits.softmax(-1)[..., int(plus_one) :].mean(2)
+        share = weights[:, start - first : start - first + len(chunk)].float()
+        received += share.transpose(1, 2)[:, None] @ probabilities
+        view.spend(4 * queries.shape[1] * len(chunk) * length * head_dim)
+    return received
+
+
+def keep_best(scores: Tensor, counts: list[int]) -> KeepKV:
+    """Keep the best-scoring positions of every sample and head, in ascending order.
+
+    Parameters
+    ----------
+    scores
+        [B, H, n], -inf on padding. Ties go to the lower position.
+    counts
+        Positions to keep per sample; samples with fewer than others are padded at the front.
+    """
+    order = scores.argsort(dim=2, descending=True, stable=True)
+    rank = torch.arange(scores.shape[2], device=scores.device)
+    chosen = (rank < per_row(counts, scores)).expand_as(scores[:, 0])[:, None].expand_as(scores)
+    return keep_marked(torch.zeros_like(chosen).scatter(2, order, chosen), counts)
+
+
+def keep_marked(marked: Tensor, counts: list[int], positions: Tensor | None = None) -> KeepKV:
+    """Keep the marked entries of bool [B, H, m], where every head of sample b marks ``counts[b]`` of them.
+
+    ``positions`` (long [B, H, m]) are the sequence positions of the entries; by default their own indices.
+    """
+    width = max(counts)
+    # Unmarked entries sort to the front: what is left of them pads the shorter samples there.
+    index = marked.to(torch.int8).argsort(dim=2, stable=True)[:, :, -width:]
+    valid = distance_from_end(index[:, 0]) <= per_row(counts, index)
+    if positions is not None:
+        index = positions.gather(2, index)
+    return KeepKV(index, None if min(counts) == width else valid)

@@ -1,0 +1,81 @@
+"""SnapKV: what the last positions of the prompt look at stays in the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+from corematching.errors import UserError
+from corematching.methods.base import (
+    AfterPrefill,
+    Budget,
+    Geometry,
+    KeepKV,
+    KVView,
+    Method,
+    Stage,
+    check_budget,
+    check_choice,
+)
+from corematching.methods.kv import attention_received, check_parts, distance_from_end, keep_best, kept_counts, per_row
+
+POOLINGS = {"avg": avg_pool1d, "max": max_pool1d}
+
+
+@dataclass(frozen=True)
+class SnapKV(Method):
+    """SnapKV (NeurIPS 2024, arXiv 2404.14469; repository FasterDecoding/SnapKV).
+
+    After prefill, every layer and head sums the attention that each earlier position receives from the last ``window``
+    positions, smooths the sums along the sequence, and keeps the best positions together with the window.
+
+    Differences from the official code: key heads shared by several query heads take their mean (the official code
+    repeats the cache per query head); the cache keeps sequence order.
+
+    Parameters
+    ----------
+    keep
+        KV rows to keep per layer and head, window included: a count, or a fraction of the tokens that entered the
+        layer. Prompts that are not longer stay whole.
+    window
+        Positions at the end of the prompt that observe and always stay.
+    kernel
+        Width of the smoothing, odd; 1 = none.
+    pooling
+        "avg" or "max".
+    """
+
+    keep: Budget
+    window: int
+    kernel: int
+    pooling: str
+    acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
+
+    def __post_init__(self) -> None:
+        check_parts(self.keep, "window", self.window)
+        check_choice("pooling", self.pooling, tuple(POOLINGS))
+        if isinstance(self.window, float):
+            raise UserError(f"window={self.window} is not valid: give a count >= 1")
+        check_budget("kernel", self.kernel)
+        if self.kernel % 2 != 1:
+            raise UserError(f"kernel={self.kernel} is not valid: give an odd count >= 1")
+
+    def stages(self, geometry: Geometry) -> list[Stage]:
+        return [AfterPrefill(layer, self.select) for layer in range(geometry.depth)]
+
+    def select(self, view: KVView) -> KeepKV | None:
+        counts = kept_counts(view, self.keep)
+        if counts == view.lengths:
+            return None
+        from_end = distance_from_end(view.valid)
+        rows = min(self.window, view.valid.shape[1])
+        received = attention_received(view, rows, view.valid[:, -rows:, None])[:, :, 0]
+        received = received.masked_fill(from_end[:, None] <= self.window, 0)
+        smooth = POOLINGS[self.pooling](received, self.kernel, stride=1, padding=self.kernel // 2)
+        # A budget below the window keeps its most recent part.
+        window = per_row([min(self.window, count) for count in counts], received)
+        scores = smooth.masked_fill(~view.valid[:, None], -torch.inf)
+        return keep_best(scores.masked_fill((from_end <= window)[:, None], torch.inf), counts)

@@ -1,0 +1,234 @@
+"""KV-cache methods against hand-computed choices and a plain reference; budgets, batches, duplicates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import left_pad, make_prompt
+
+import corematching as cm
+from corematching.methods.kv import attention_received
+
+METHODS = {
+    "streaming_llm": {"keep": 20},
+    "h2o": {"keep": 20, "recent": 6},
+    "snapkv": {"keep": 20, "window": 6, "kernel": 3},
+    "csp": {"keep": 20, "recent": 6},
+}
+DEPTH = 6
+
+
+class FakeView:
+    """One layer of one or more samples whose attention is given by queries and keys of our choice."""
+
+    def __init__(self, queries, keys, lengths=None, visual=()):
+        self.all_queries, self.keys = queries, keys
+        batch, _, n, _ = keys.shape
+        self.lengths = lengths or [n] * batch
+        self.valid = torch.arange(n) >= n - torch.tensor(self.lengths)[:, None]
+        self.visual_mask = torch.zeros(batch, n, dtype=torch.bool)
+        self.visual_mask[:, list(visual)] = True
+        self.spent = 0.0
+
+    def queries(self, rows):
+        return self.all_queries[:, :, rows]
+
+    def spend(self, flops):
+        self.spent += flops
+
+
+def random_view(n=90, heads=4, kv_heads=2, batch=2, lengths=None, visual=range(5, 40), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(batch, heads, n, 8, generator=generator) * 2
+    keys = torch.randn(batch, kv_heads, n, 8, generator=generator)
+    return FakeView(queries, keys, lengths, visual)
+
+
+def full_attention(view, plus_one=False):
+    """The whole attention matrix [B, H, n, n], the naive way."""
+    keys = view.keys.repeat_interleave(view.all_queries.shape[1] // view.keys.shape[1], dim=1)
+    logits = (view.all_queries @ keys.transpose(2, 3)) * view.keys.shape[-1] ** -0.5
+    n = logits.shape[-1]
+    visible = torch.ones(n, n).tril().bool() & view.valid[:, None, None]
+    weights = logits.exp() * visible
+    weights = weights / (weights.sum(-1, keepdim=True) + float(plus_one)).clamp(min=1e-30)
+    return weights * view.valid[:, None, :, None]
+
+
+def grouped(per_head, kv_heads):
+    return per_head.unflatten(1, (kv_heads, -1)).mean(2)
+
+
+def kept_sets(decision, row, head):
+    index = decision.index[row, head]
+    return index.tolist() if decision.valid is None else index[decision.valid[row]].tolist()
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_chunked_attention_sums_equal_the_full_matrix(plus_one):
+    view = random_view(n=150, lengths=[150, 80])
+    weights = torch.rand(2, 130, 3) * view.valid[:, -130:, None]
+    received = attention_received(view, 130, weights, plus_one)
+    full = full_attention(view, plus_one)[:, :, -130:]
+    expected = grouped(torch.einsum("bhrn,brg->bhgn", full, weights), 2)
+    torch.testing.assert_close(received, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_streaming_llm_keeps_sinks_and_recent_positions():
+    view = random_view(n=30, lengths=[30, 12], visual=range(20, 25))
+    decision = cm.build_method("streaming_llm", keep=10).select(view)
+    assert kept_sets(decision, 0, 0) == [0, 1, 2, 3, 24, 25, 26, 27, 28, 29]
+    assert kept_sets(decision, 1, 1) == [18, 19, 20, 21, 24, 25, 26, 27, 28, 29]
+    decision = cm.build_method("streaming_llm", keep=0.5, recent=0.2).select(view)
+    assert kept_sets(decision, 0, 0) == [*range(9), *range(24, 30)]
+    assert kept_sets(decision, 1, 0) == [18, 19, 20, 21, 28, 29]
+
+
+def test_h2o_keeps_the_heaviest_and_the_recent():
+    view = random_view(lengths=[90, 70])
+    decision = cm.build_method("h2o", keep=20, recent=5).select(view)
+    received = grouped(full_attention(view).sum(2), 2)
+    for row, length in enumerate([90, 70]):
+        for head in range(2):
+            older = received[row, head].clone()
+            older[-5:] = -1
+            older[: 90 - length] = -1
+            expected = [*sorted(older.topk(15).indices.tolist()), 85, 86, 87, 88, 89]
+            assert kept_sets(decision, row, head) == expected
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+def test_snapkv_smooths_what_the_window_sees(pooling):
+    view = random_view(lengths=[90, 70])
+    decision = cm.build_method("snapkv", keep=20, window=8, kernel=3, pooling=pooling).select(view)
+    seen = grouped(full_attention(view)[:, :, -8:].sum(2), 2)
+    for row, length in enumerate([90, 70]):
+        for head in range(2):
+            older = seen[row, head, 90 - length : -8].tolist()
+            padded = [0.0, *older, 0.0]
+            triples = zip(padded, padded[1:], padded[2:], strict=False)
+            smooth = torch.tensor([sum(t) / 3 if pooling == "avg" else max(t) for t in triples])
+            best = smooth.argsort(descending=True, stable=True)[:12] + 90 - length
+            expected = [*sorted(best.tolist()), *range(82, 90)]
+            assert kept_sets(decision, row, head) == expected
+
+
+def csp_parts(view, recent, row, head):
+    """Cross- and within-modality sums of the last ``recent`` queries, entry by entry."""
+    attention = grouped(full_attention(view, plus_one=True), 2)[row, head]
+    visual = view.visual_mask[row]
+    n = len(visual)
+    cross, within = torch.zeros(n), torch.zeros(n)
+    for query in range(n - recent, n):
+        for key in range(n - recent):
+            part = within if visual[query] == visual[key] else cross
+            part[key] += attention[query, key]
+    return cross[: n - recent], within[: n - recent]
+
+
+def test_csp_ranks_the_two_parts_apart():
+    # The observers span both modalities, so each part has something to say about every key.
+    view = random_view(n=60, visual=range(10, 55))
+    decision = cm.build_method("csp", keep=30, recent=12, cross_fraction=0.3, deduplicate=True).select(view)
+    official = cm.build_method("csp", keep=30, recent=12, cross_fraction=0.3, deduplicate=False).select(view)
+    for row in range(2):
+        for head in range(2):
+            cross, within = csp_parts(view, 12, row, head)
+            first = cross.topk(5).indices.tolist()  # int(18 * 0.3)
+            again = within.topk(12).indices.tolist()  # int(18 * 0.7)
+            assert kept_sets(official, row, head) == [*first, *again, *range(48, 60)]
+            within[first] = -1
+            rest = within.topk(13).indices.tolist()
+            assert sorted(kept_sets(decision, row, head)) == sorted([*first, *rest, *range(48, 60)])
+
+
+def test_csp_leaves_prompts_within_the_budget_whole():
+    view = random_view(n=40, lengths=[40, 15], visual=range(28, 34))
+    for deduplicate in (True, False):
+        decision = cm.build_method("csp", keep=20, recent=6, deduplicate=deduplicate).select(view)
+        assert sorted(kept_sets(decision, 1, 0)) == list(range(25, 40))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", METHODS)
+def test_keep_is_met_exactly_in_every_layer(name, random_llava):
+    prompt = make_prompt(3, text=20)
+    length = prompt["input_ids"].shape[1]
+    for keep, recent in ((17, 4), (0.35, 0.1)):
+        part = {"streaming_llm": {}, "snapkv": {"window": 4}}.get(name, {"recent": recent})
+        with cm.build_method(name, keep=keep, **part)(random_llava) as trace:
+            cache = random_llava(**prompt, use_cache=True).past_key_values
+        expected = keep if isinstance(keep, int) else int(keep * length)
+        assert trace.samples[0].kv_lengths == [expected] * DEPTH
+        assert [layer.keys.shape[2] for layer in cache.layers] == [expected] * DEPTH
+
+
+@torch.no_grad()
+def test_prefill_is_dense_and_decode_is_not(random_llava):
+    prompt = make_prompt(4)
+    dense = random_llava(**prompt).logits
+    step = {"input_ids": torch.tensor([[7]])}
+    dense_step = _second_step(random_llava, prompt, step)
+    for name, parameters in METHODS.items():
+        with cm.build_method(name, **parameters)(random_llava):
+            assert torch.equal(random_llava(**prompt).logits, dense)
+            assert not torch.allclose(_second_step(random_llava, prompt, step), dense_step, atol=1e-3)
+
+
+def _second_step(model, prompt, step):
+    cache = model(**prompt, use_cache=True).past_key_values
+    return model(**step, past_key_values=cache).logits
+
+
+@torch.no_grad()
+def test_dropping_rows_equals_masking_them(random_llava):
+    """A decode step over the cut cache gives what attention restricted to the kept rows gives."""
+    prompt = make_prompt(8)
+    with cm.build_method("streaming_llm", keep=11)(random_llava):
+        short = _second_step(random_llava, prompt, {"input_ids": torch.tensor([[9]])})
+    n = prompt["input_ids"].shape[1]
+    cache = random_llava(**prompt, use_cache=True).past_key_values
+    mask = torch.zeros(1, n + 1, dtype=torch.long)
+    mask[:, [0, 1, 2, 3, *range(n - 7, n + 1)]] = 1
+    masked = random_llava(
+        input_ids=torch.tensor([[9]]), past_key_values=cache, attention_mask=mask, position_ids=torch.tensor([[n]])
+    ).logits
+    torch.testing.assert_close(short, masked, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_kv_and_token_methods_compose(random_llava, prompts):
+    method = cm.compose(cm.build_method("fastv", layer=2, keep=10), cm.build_method("snapkv", keep=16, window=4))
+    with method(random_llava) as trace:
+        random_llava.generate(**left_pad(prompts), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    for sample in trace.samples:
+        assert sample.kv_lengths == [min(16, tokens) for tokens in sample.llm_tokens]
+        assert [len(layer) for layer in sample.visual_tokens[2:]] == [10] * 4
+
+
+def test_two_kv_methods_do_not_compose():
+    with pytest.raises(cm.UserError, match="both reduce kv"):
+        cm.compose(cm.build_method("h2o"), cm.build_method("snapkv"))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("h2o", {"keep": 0.2, "recent": 0.3}, r"recent=0.3.*keep=0.2"),
+        ("snapkv", {"keep": 16, "window": 32}, r"window=32.*keep=16"),
+        ("snapkv", {"kernel": 4}, r"kernel=4.*odd"),
+        ("snapkv", {"pooling": "median"}, r"pooling='median'.*avg, max"),
+        ("csp", {"cross_fraction": 1.5}, r"cross_fraction=1.5"),
+        ("csp", {"bias": -1.0}, r"bias=-1.0"),
+        ("streaming_llm", {"keep": 0}, r"keep=0 "),
+    ],
+)
+def test_bad_parameters_are_named(name, parameters, message):
+    with pytest.raises(cm.UserError, match=message):
+        cm.build_method(name, **parameters)
+
+
+def test_overhead_is_booked():
+    view = random_view()
+    cm.build_method("h2o").select(view)
+    assert view.spent == 4 * 4 * 90 * 90 * 8
