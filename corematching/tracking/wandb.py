@@ -82,8 +82,6 @@ def _open_run(experiment: Any, settings: Mapping[str, Any]) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    folder = experiment.folder / "wandb"
-    folder.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
         project=settings["project"],
         entity=settings["entity"],
@@ -92,9 +90,9 @@ def _open_run(experiment: Any, settings: Mapping[str, Any]) -> Any:
         id=_run_id(experiment.folder),
         resume="allow",
         mode=settings["mode"],
-        dir=str(folder),
+        dir=str(experiment.folder),
         config=dict(experiment.settings),
-        settings=wandb.Settings(console="off", init_timeout=60, x_disable_meta=False),
+        settings=wandb.Settings(console="off", init_timeout=30),
     )
     run.define_metric("keep")
     run.define_metric("*", step_metric="keep")
@@ -104,6 +102,7 @@ def _open_run(experiment: Any, settings: Mapping[str, Any]) -> Any:
 def _run_id(folder: Path) -> str:
     """The id of this experiment folder's run: made once, then read, so that a resumed sweep continues the same run."""
     path = folder / "wandb" / "run_id"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         path.write_text(hashlib.sha256(os.urandom(16)).hexdigest()[:12])
     return path.read_text().strip()
