@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import IMAGE_TOKENS, left_pad, make_prompt
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 import corematching as cm
 
@@ -202,3 +207,74 @@ def test_bad_parameters_are_named(name, parameters, message):
 def test_parameters_that_do_not_fit_the_model_are_named(name, parameters, message, random_llava):
     with pytest.raises(cm.UserError, match=message), cm.build_method(name, **parameters)(random_llava):
         pass
+
+
+# ------------------------------------------------------------------------------------------------- cdpruner end to end
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    """A random CLIP of the tower's width with its own tokenizer: path of a folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 100, "max_position_embeddings": 8, "eos_token_id": 99, "bos_token_id": 98}
+    vision = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+        CLIPModel(config).save_pretrained(folder)
+    word_tokenizer(ends=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def readable_llava(random_llava, tmp_path, monkeypatch):
+    """The random LLaVA with a tokenizer where it came from."""
+    word_tokenizer(ends=False).save_pretrained(tmp_path)
+    monkeypatch.setattr(random_llava.config, "_name_or_path", str(tmp_path))
+    return random_llava
+
+
+def word_tokenizer(ends):
+    """One word per id; CLIP's ends every text with its end token."""
+    words = {f"word{index}": index for index in range(98)} | {"ASSISTANT:": 98, "</s>": 99}
+    base = Tokenizer(WordLevel(words, unk_token="</s>"))
+    base.pre_tokenizer = WhitespaceSplit()
+    if ends:
+        base.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 99)])
+    return PreTrainedTokenizerFast(tokenizer_object=base, eos_token="</s>")
+
+
+@torch.no_grad()
+def test_cdpruner_reads_the_instruction(text_model, readable_llava, prompts):
+    kept = {}
+    with cm.build_method("cdpruner", keep=9, text_model=text_model)(readable_llava) as trace:
+        for name, question in {
+            "short": [5, 6],
+            "marked": [5, 6, 98],
+            "other": [40],
+            "long": list(range(3, 30)),
+        }.items():
+            prompt = make_prompt(3, text=0)
+            ids = torch.cat([prompt["input_ids"], torch.tensor([question])], 1)
+            readable_llava(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt["pixel_values"])
+            kept[name] = trace.drain()[0].visual_tokens[0].tolist()
+        together = greedy(readable_llava, left_pad(prompts))
+        assert [len(sample.visual_tokens[0]) for sample in trace.drain()] == [9, 9, 18]
+        for row, prompt in enumerate(prompts):
+            assert torch.equal(greedy(readable_llava, prompt)[0], together[row])
+    assert len(kept["short"]) == len(kept["long"]) == 9
+    assert kept["marked"] == kept["short"]  # the closing role marker is no part of the instruction
+    assert kept["other"] != kept["short"]
+
+
+@torch.no_grad()
+def test_cdpruner_refuses_a_clip_of_another_tower(readable_llava, tmp_path_factory, prompts):
+    folder = tmp_path_factory.mktemp("wide")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 100}, vision_config=small)).save_pretrained(folder)
+    word_tokenizer(ends=True).save_pretrained(folder)
+    method = cm.build_method("cdpruner", keep=9, text_model=str(folder))
+    with method(readable_llava), pytest.raises(cm.UserError, match=r"width 16.*has 32"):
+        readable_llava(**prompts[0])
+    method = cm.build_method("cdpruner", keep=9, text_model=str(folder / "missing"))
+    with method(readable_llava), pytest.raises(cm.UserError, match=r"missing.*cannot be loaded"):
+        readable_llava(**prompts[0])
