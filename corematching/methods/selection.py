@@ -25,13 +25,14 @@ def keep_top(scores: Tensor, keep: Budget, valid: Tensor, counts: list[int], tot
         Tokens a fraction refers to; defaults to ``counts``.
     """
     wanted = [min(now, count_of(keep, total)) for now, total in zip(counts, totals or counts, strict=True)]
-    scores = scores.float().masked_fill(~valid, -torch.inf)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    limit = torch.tensor(wanted, device=scores.device)[:, None]
-    return Keep((rank < limit) & valid, wanted)
+    return Keep(top_mask(scores, valid, wanted), wanted)
+
+
+def top_mask(scores: Tensor, valid: Tensor, counts: list[int]) -> Tensor:
+    """The ``counts[b]`` highest-scoring valid slots of every sample: [B, V] -> bool [B, V]; ties to the lower index."""
+    order = scores.float().masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(order.shape[1], device=order.device) < torch.tensor(counts, device=order.device)[:, None]
+    return torch.zeros_like(valid).scatter(1, order, chosen) & valid
 
 
 def keep_top_patches(scores: Tensor, keep: Budget) -> Keep:
