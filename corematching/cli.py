@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments
         Command-line words; those of the process by default.
     """
-    words = [_normalise(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    words = _options_last([_normalise(word) for word in (sys.argv[1:] if arguments is None else arguments)])
     debug = any(word.lower() in ("debug=true", "debug=1") for word in words)
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [sys.argv[0], *words]
@@ -119,6 +119,12 @@ def _normalise(word: str) -> str:
     if match := re.fullmatch(r"benchmark=\[?([^\[\]]*)\]?", word):
         return f"benchmarks=[{match[1]}]"
     return word
+
+
+def _options_last(words: list[str]) -> list[str]:
+    """Settings first: Hydra takes none after an option."""
+    settings = [word for word in words if "=" in word and not word.startswith("-")]
+    return settings + [word for word in words if word not in settings]
 
 
 def _check_flags(words: Sequence[str]) -> None:
