@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from corematching.engine import llm
 from corematching.engine.ffn import FFNBuilder, neuron_major
 from corematching.engine.layout import Layout
+from corematching.engine.predictors import TokenwiseFFN, load_predictors
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
 from corematching.engine.views import Prompt
@@ -63,8 +64,8 @@ class Session:
         self.before = _by_layer(stages, BeforeLayer)
         self.after = _by_layer(stages, AfterPrefill)
         self.choose = _by_layer(stages, ChooseNeurons)
-        self.predict = _by_layer(stages, PredictNeurons)
         self.build_ffn = FFNBuilder()
+        self.tokenwise = self._tokenwise([stage for stage in stages if isinstance(stage, PredictNeurons)])
         self.trace = Trace()
         self.states: WeakKeyDictionary[Any, PromptState] = WeakKeyDictionary()
         self.active: PromptState | None = None
@@ -96,10 +97,16 @@ class Session:
         for index in sorted({s.layer - 1 for stages in self.before.values() for s in stages if s.attended}):
             norm = self.decoder.layers[index].post_attention_layernorm
             self._hook(norm.register_forward_hook(functools.partial(self._note_attended, index)))
-        for index in sorted({*self.choose, *self.predict}):
+        for index in sorted({*self.choose, *self.tokenwise}):
             mlp = self.decoder.layers[index].mlp
             self._undo.append(neuron_major(mlp))
             self._replace(mlp, "forward", functools.partial(self._mlp_forward, index, mlp.forward))
+
+    def _tokenwise(self, stages: list[PredictNeurons]) -> dict[int, TokenwiseFFN]:
+        """Per layer: the FFN that lets a predictor choose each token's neurons."""
+        files = {file: load_predictors(file, self.model, self.decoder) for file in {stage.file for stage in stages}}
+        mlps = {stage.layer: self.decoder.layers[stage.layer].mlp for stage in stages}
+        return {s.layer: TokenwiseFFN(mlps[s.layer], s, files[s.file][s.layer], self.build_ffn) for s in stages}
 
     def remove(self) -> None:
         while self._undo:
@@ -138,10 +145,8 @@ class Session:
     def _mlp_forward(self, index: int, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.active is None:
             return dense(x)
-        for stage in self.predict[index]:
-            chosen = stage.predict(x).index
-            self.active.neurons[index] = chosen
-            return self.build_ffn.once(self.decoder.layers[index].mlp, chosen)(x)
+        if index in self.tokenwise:
+            return self.tokenwise[index](x, self.active)
         ffn = self.active.ffn.get(index)
         return dense(x) if ffn is None else ffn(x)
 

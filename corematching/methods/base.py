@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from corematching.errors import UserError
+from corematching.methods.predictor import Predictor
 
 Budget = int | float
 """How much to keep: a count (int) or a kept fraction (float in (0, 1])."""
@@ -369,10 +370,16 @@ class ChooseNeurons:
 
 @dataclass(frozen=True)
 class PredictNeurons:
-    """Choose one layer's FFN neurons anew for every decoded token, from the FFN's input [B, 1, d]."""
+    """Choose one layer's FFN neurons anew for every decoded token.
+
+    ``predict`` gets the FFN's inputs [T, d] and the layer's predictor, read from ``file`` (None: the file beside the
+    model); ``always`` names neurons (long [h]) that every token uses and ``predict`` need not choose.
+    """
 
     layer: int
-    predict: Callable[[Tensor], Neurons]
+    predict: Callable[[Tensor, Predictor], Neurons]
+    file: str | None = None
+    always: Callable[[Predictor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""Decode-time FFNs whose neurons a predictor chooses anew for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from corematching.engine.ffn import FFNBuilder, SlicedFFN
+from corematching.engine.state import PromptState
+from corematching.errors import UserError
+from corematching.methods.base import PredictNeurons
+from corematching.methods.predictor import Predictor
+
+FILE_NAME = "predictors.safetensors"
+PARTS = ("first", "second", "frequency")
+
+
+def save_predictors(path: Path, predictors: Mapping[int, Predictor], notes: Mapping[str, str]) -> None:
+    """Write one predictor per layer; ``notes`` go into the file's metadata."""
+    tensors = {
+        f"layers.{layer}.{part}": getattr(predictor, part).half().contiguous()
+        for layer, predictor in predictors.items()
+        for part in PARTS
+    }
+    save_file(tensors, path, dict(notes))
+
+
+def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Predictor]:
+    """The predictors of every layer, in the model's dtype and on its device.
+
+    Parameters
+    ----------
+    file
+        Path, or None for ``predictors.safetensors`` in the folder the model was loaded from.
+
+    Raises
+    ------
+    UserError
+        If there is no such file (says how to make one), or it was made for another model.
+    """
+    path = Path(model.config._name_or_path) / FILE_NAME if file is None else Path(file)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"predictor={file!r}: there is no predictor file {path.name} for this model; "
+            "make one with python scripts/train_predictors.py"
+        ) from error
+    predictors = {}
+    for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
+        weight = layer.mlp.gate_proj.weight
+        parts = [tensors.get(f"layers.{index}.{part}") for part in PARTS]
+        if any(part is None for part in parts) or (len(parts[1]), parts[0].shape[1]) != tuple(weight.shape):
+            raise UserError(f"predictor={file!r}: {path.name} was made for another model (layer {index} does not fit)")
+        predictors[index] = Predictor(*(part.to(weight) for part in parts))
+    return predictors
+
+
+class TokenwiseFFN:
+    """A gated FFN in which a predictor chooses each token's neurons, next to some that every token uses.
+
+    Parameters
+    ----------
+    mlp
+        Module with ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``.
+    stage
+        Its ``predict`` chooses; its ``always`` names the neurons that every token uses.
+    predictor
+        The layer's predictor.
+    build
+        Makes the FFN of a single step.
+    """
+
+    def __init__(self, mlp: Any, stage: PredictNeurons, predictor: Predictor, build: FFNBuilder) -> None:
+        self.mlp, self.stage, self.predictor, self.build = mlp, stage, predictor, build
+        self.hot = None if stage.always is None else stage.always(predictor)
+        self._hot_ffn = None if self.hot is None else SlicedFFN(mlp, self.hot)
+
+    def __call__(self, x: Tensor, state: PromptState) -> Tensor:
+        """[B, q, d] -> [B, q, d]; notes the last token's choice, and what predicting cost, in ``state``."""
+        tokens = x.flatten(0, 1)
+        index = self.stage.predict(tokens, self.predictor).index
+        ffn = self.build.once(self.mlp, index)
+        answer = ffn(tokens[:, None])[:, 0].unflatten(0, x.shape[:2])
+        chosen = index
+        if self._hot_ffn is not None and self.hot is not None:
+            answer = answer + self._hot_ffn(x)
+            if self.mlp.down_proj.bias is not None:
+                answer = answer - self.mlp.down_proj.bias  # both parts added it
+            chosen = torch.cat([index, self.hot.expand(len(index), -1)], 1).sort(dim=1).values
+        layer = self.stage.layer
+        state.neurons[layer], state.ffn[layer] = chosen.unflatten(0, x.shape[:2])[:, -1], ffn
+        state.ledger.flops += self.predictor.flops * x.shape[1]
+        return answer
