@@ -2,7 +2,7 @@
 
 Two modes. ``lmms_eval`` is lmms-eval's own wording, untouched. ``llava15`` is the wording of the LLaVA-1.5 evaluation
 scripts; the functions below exist only where the two differ, and each docstring says in what. Every function takes a
-dataset row and returns the user's turn without conversation template or image placeholder.
+dataset row and returns the user's turn; the model side puts the conversation template and the images around it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,6 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_EN = "Answer with the option's letter from the given choices directly."
 LETTER_CN = "请直接回答选项字母。"
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
-
-#: Conversation template vicuna_v1, which both modes use: LLaVA-1.5 was trained with it.
-VICUNA_V1 = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: {turn} ASSISTANT:"
-)
-
-
-def conversation(text: str, images: int = 1) -> str:
-    """Wrap a user's turn in the vicuna_v1 template, with one ``<image>`` placeholder per image before the text."""
-    return VICUNA_V1.format(turn="<image>\n" * images + text)
 
 
 def textvqa_with_ocr(row: dict[str, Any]) -> str:

@@ -8,11 +8,12 @@ in the same way.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from PIL import Image
 from corematching.benchmarks.data import cache_home
 from corematching.benchmarks.spec import ROW, Benchmark, Column, ImageTable, Part, unit_name
 from corematching.errors import UserError
+
+#: Bytes of parquet from which on the conversion takes long enough to show its progress.
+_SHOW_PROGRESS = 500_000_000
 
 
 class CheckedDataset(datasets.Dataset):
@@ -234,6 +238,17 @@ def select_rows(benchmark: Benchmark, table: pa.Table, limit: int | None, where:
     return sorted(kept)
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
 def _read_dataset(files: Sequence[Path], columns: dict[str, Column]) -> datasets.Dataset:
     """Memory-mapped dataset of these files.
 
@@ -242,7 +257,8 @@ def _read_dataset(files: Sequence[Path], columns: dict[str, Column]) -> datasets
     """
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     folder = cache_home() / "arrow" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(folder))
+    with _quiet() if sum(size for _, size, _ in facts) < _SHOW_PROGRESS else contextlib.nullcontext():
+        dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(folder))
     for name, column in columns.items():
         if column.type == "image" and not isinstance(dataset.features[name], datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image())

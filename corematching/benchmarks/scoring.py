@@ -40,7 +40,8 @@ class Score:
         Further numbers: the parts of the quoted one, and what lmms-eval itself computed (``lmms_eval/<task>/<key>``).
     samples
         One row per question: doc_id (row number in the split; unique over the parts), part (subset or category), unit
-        (clustering unit), question, prompt, prediction, target, score (0 to 1; NaN without a grade).
+        (clustering unit), question_id, question, prompt, prediction, target, score (0 to 1; NaN without a grade), and
+        for test splits submission (the answer as the server wants it).
     """
 
     metric: str
@@ -179,6 +180,7 @@ def _sample_row(benchmark: Benchmark, split: str, sample: Mapping[str, Any]) -> 
         "doc_id": int(doc[ROW]),
         "part": str(doc[benchmark.category]) if benchmark.category else (split if len(benchmark.parts) > 1 else ""),
         "unit": unit_name(benchmark, doc),
+        "question_id": str(doc.get("question_id", doc[ROW])),
         "question": doc["question"],
         "prompt": sample["arguments"][0],
         "prediction": str(sample["filtered_resps"][0]),
@@ -190,6 +192,8 @@ def _sample_row(benchmark: Benchmark, split: str, sample: Mapping[str, Any]) -> 
             row["score"] = float(sample["exact_match"])
             if "answers" in doc:
                 row["target"] = _majority(doc["answers"])
+        case "submission":
+            row["submission"] = str(sample["submission"]["answer"])
         case "pope":
             row["score"] = float(sample["pope_accuracy"]["score"])
         case "mme":
@@ -202,7 +206,7 @@ def _sample_row(benchmark: Benchmark, split: str, sample: Mapping[str, Any]) -> 
             row["score"] = float(sample["gpt_eval_score"]["correct"])
         case "mmvet":
             record = sample["gpt_eval_score"]
-            row["score"] = float("nan") if record["score"] is None else float(record["score"])
+            row["score"] = float(record["score"])
             row |= {"judge": record["judge"], "reason": record["reason"]}
     return row
 
@@ -223,8 +227,11 @@ def _stock_metrics(task: str, results: Mapping[str, Any]) -> dict[str, float]:
 
 def _note(benchmark: Benchmark, table: pd.DataFrame, value: float | None) -> str:
     match benchmark.metric.kind:
+        case "mme":
+            missing = len(benchmark.columns["category"].values) - table["part"].nunique()
+            return f"{missing} of 14 subtasks left out by the limit" if missing else ""
         case "submission":
-            return f"answers written for the {benchmark.needs_server} server, which scores them"
+            return f"scored by the {benchmark.needs_server} server; scripts/score.py writes the file for it"
         case "pope":
             invalid = int((~table["prediction"].str.strip().str.lower().isin(["yes", "no"])).sum())
             return f"{invalid} of {len(table)} answers were neither yes nor no and count as wrong" if invalid else ""

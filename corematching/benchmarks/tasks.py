@@ -14,26 +14,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lmms_eval.tasks
 import pandas as pd
-from lmms_eval.api.task import ConfigurableTask
 
-from corematching.benchmarks import prompts
+from corematching.benchmarks import lmms, prompts
 from corematching.benchmarks.data import DataSource
 from corematching.benchmarks.judge import Grade, Judge, mmvet_prompt
 from corematching.benchmarks.rows import CheckedDataset, load_images, load_rows
 from corematching.benchmarks.spec import ROW, Benchmark, Part, Prompt, load_benchmark
 from corematching.errors import UserError
 
-_STOCK_TASKS = Path(lmms_eval.tasks.__file__).parent
+_STOCK_TASKS = Path(lmms.tasks.__file__).parent
 
 
-class BenchmarkTask(ConfigurableTask):
+class BenchmarkTask(lmms.ConfigurableTask):
     """A stock lmms-eval task on rows that are already here."""
 
     def __init__(self, config: dict[str, Any], rows: CheckedDataset) -> None:
@@ -49,7 +48,7 @@ class BenchmarkTask(ConfigurableTask):
     def process_results(self, doc: dict[str, Any], results: list, full_docs: Any = None) -> dict[str, Any]:
         """Score one answer with the stock code, once; a failure names the row."""
         try:
-            return ConfigurableTask.process_results.__wrapped__(self, doc, results, full_docs)
+            return lmms.ConfigurableTask.process_results.__wrapped__(self, doc, results, full_docs)
         except Exception as error:
             where = f"{self._rows.where}, row {doc.get(ROW)}"
             raise UserError(f"{where}: scoring failed with {type(error).__name__}: {error}") from error
@@ -115,9 +114,9 @@ def stock_config(part: Part) -> dict[str, Any]:
 
 
 @functools.cache
-def _manager(tasks_dir: str) -> lmms_eval.tasks.TaskManager:
+def _manager(tasks_dir: str) -> Any:
     # Indexing this one folder takes a tenth of a second, all of lmms-eval's tasks five.
-    return lmms_eval.tasks.TaskManager(include_defaults=False, include_path=[str(_STOCK_TASKS / tasks_dir)])
+    return lmms.tasks.TaskManager(include_defaults=False, include_path=[str(_STOCK_TASKS / tasks_dir)])
 
 
 @contextlib.contextmanager
@@ -201,8 +200,12 @@ def mmvet_instructions() -> str:
     return stock_config(part)["process_results"].__globals__["MM_VET_PROMPT"]
 
 
+def _number(grade: Grade) -> float:
+    return math.nan if grade.score is None else grade.score  # lmms-eval does arithmetic on it
+
+
 def _score_by_judge(config: dict[str, Any], judge: Judge | None) -> None:
-    """Grade MM-Vet's answers with `judge`; without a grade the score is None, and so is the total."""
+    """Grade MM-Vet's answers with `judge`; without a grade the score is NaN, and there is no total."""
     instructions = config["process_results"].__globals__["MM_VET_PROMPT"]
     stock_aggregate = config["metric_list"][0]["aggregation"]
 
@@ -212,12 +215,12 @@ def _score_by_judge(config: dict[str, Any], judge: Judge | None) -> None:
         else:
             grade = judge.grade(mmvet_prompt(instructions, doc["question"], doc["answer"], results[0]))
         record = {"question_id": doc["question_id"], "question": doc["question"], "gt_answer": doc["answer"]}
-        record |= {"capabilities": doc["capability"], "pred_answer": results[0], "score": grade.score}
+        record |= {"capabilities": doc["capability"], "pred_answer": results[0], "score": _number(grade)}
         record |= {"reason": grade.reason, "judge": judge.note if judge else ""}
         return {"gpt_eval_score": record}
 
     def aggregate(records: list[dict[str, Any]]) -> float | None:
-        return None if any(record["score"] is None for record in records) else stock_aggregate(records)
+        return None if any(math.isnan(record["score"]) for record in records) else stock_aggregate(records)
 
     config["process_results"] = process_results
     config["metric_list"] = [{"metric": "gpt_eval_score", "aggregation": aggregate, "higher_is_better": True}]
