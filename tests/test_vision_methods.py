@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import IMAGE_TOKENS, left_pad, make_prompt
@@ -135,6 +137,18 @@ def test_position_ids_follow_the_official_code(case, shorter, random_llava):
     assert length < prompt["input_ids"].shape[1]
     assert seen[0].tolist() == sorted(seen[0].tolist())
     assert (int(seen[0][-1]) == length - 1) == shorter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", REDUCED)
+def test_half_precision_runs_and_meets_the_budget(case, random_llava):
+    prompt = make_prompt(3)
+    model = copy.deepcopy(random_llava).bfloat16()
+    with build(case)(model) as trace:
+        logits = model(**{**prompt, "pixel_values": prompt["pixel_values"].bfloat16()}).logits
+    assert logits.isfinite().all()
+    if REDUCED[case][1] is not None:
+        assert len(trace.samples[0].visual_tokens[-1]) == REDUCED[case][1]
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks |
         )
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     origin = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-    state, ledger = Merge(hidden, torch.ones_like(hidden[..., :1]), origin), Ledger()
+    state, ledger = Merge(hidden, torch.ones_like(hidden[..., :1], dtype=torch.float32), origin), Ledger()
     states, origins, attention_tokens, mlp_tokens = [hidden], [origin], [], []
     for index, layer in enumerate(tower.encoder.layers):
         attention_tokens.append(state.origin.numel())
@@ -181,7 +181,7 @@ def _merging_block(layer: Any, index: int, state: Merge, blocks: VisionBlocks, t
     attn = layer.self_attn
     # All sizes are 1 before the first merge: no bias then, so that merging nothing stays the dense computation.
     weigh = blocks.weigh_attention and state.hidden.shape[1] < tokens
-    bias = state.sizes.log().transpose(1, 2)[:, None] if weigh else None
+    bias = state.sizes.log().to(state.hidden.dtype).transpose(1, 2)[:, None] if weigh else None
     captured: list[Tensor] = []
     handle = attn.k_proj.register_forward_hook(lambda module, inputs, output: captured.append(output))
     try:

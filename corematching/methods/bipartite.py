@@ -33,13 +33,13 @@ class Matching:
         hidden
             [N, T, d].
         sizes
-            [N, T, 1] patches each token stands for.
+            [N, T, 1] patches each token stands for, in float32 so that sums stay exact whatever the model's dtype.
         origin
             Long [N, T] representative of each token; a merged token is represented by its B token's.
         """
         total = self._merged_sum(sizes)
-        staying = origin[:, ::2].gather(1, self.stay)
-        return Merge(self._merged_sum(hidden * sizes) / total, total, torch.cat([staying, origin[:, 1::2]], 1))
+        mean = (self._merged_sum(hidden * sizes) / total).to(hidden.dtype)
+        return Merge(mean, total, torch.cat([origin[:, ::2].gather(1, self.stay), origin[:, 1::2]], 1))
 
     def _merged_sum(self, values: Tensor) -> Tensor:
         """[N, T, d] -> [N, T - r, d], merged tokens added to their partner."""
@@ -68,7 +68,7 @@ def bipartite_match(metric: Tensor, r: int, *, class_token: bool) -> Matching | 
     r = min(r, (metric.shape[1] - int(class_token)) // 2)
     if r <= 0:
         return None
-    unit = F.normalize(metric, dim=-1)
+    unit = F.normalize(metric.float(), dim=-1)
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     if class_token:
         scores[:, 0] = -torch.inf

@@ -32,7 +32,8 @@ class DivPrune(Method):
 
     Differences from the official code: each image of a batch gets its own selection (the official code applies that of
     the first sample to all); the image's place comes from the input ids (officially a fixed 35-token prefix); a token
-    already picked is never picked again, which only matters if the remaining ones are duplicates of picks.
+    already picked is never picked again, which only matters if the remaining ones are duplicates of picks; distances
+    are computed in float32 whatever the model's dtype.
 
     Parameters
     ----------
@@ -74,7 +75,7 @@ def most_diverse(tokens: Tensor, keep: int) -> Tensor:
     -------
     Long [N, keep] in the order of picking; the first index wins ties.
     """
-    unit = F.normalize(tokens, dim=-1)
+    unit = F.normalize(tokens.float(), dim=-1)
     distance = 1 - unit @ unit.transpose(1, 2)
     # The smallest entry of a column is the token's distance to itself.
     nearest = distance.topk(2, dim=1, largest=False).values[:, 1]

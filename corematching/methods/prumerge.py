@@ -124,9 +124,11 @@ def merge_centres(features: Tensor, scores: Tensor, keys: Tensor, selected: Tens
     # Ascending pruned indices are the last ones; repetitions of kept ones push the smallest of them out.
     pruned = pruned.to(torch.int8).argsort(stable=True)[len(selected) :]
     entries = torch.cat([selected, pruned])
-    unit = F.normalize(keys, dim=-1)
+    unit = F.normalize(keys.float(), dim=-1)
     similarity = unit[selected] @ unit[entries].T
     similarity.fill_diagonal_(-torch.inf)
     near = entries[similarity.topk(min(NEIGHBOURS, len(entries) - 1), dim=1).indices]
-    weighted = features * scores[:, None].to(features.dtype)
-    return torch.cat([features[selected] + weighted[near].sum(1), weighted[pruned].sum(0, keepdim=True)])
+    weighted = features.float() * scores[:, None]
+    added = torch.cat([weighted[near].sum(1), weighted[pruned].sum(0, keepdim=True)])
+    added[:-1] += features[selected]
+    return added.to(features.dtype)

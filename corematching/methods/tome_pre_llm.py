@@ -54,7 +54,7 @@ class ToMePreLLM(Method):
         if keep == patches:
             return None
         hidden = view.projected
-        sizes = torch.ones_like(hidden[..., :1])
+        sizes = torch.ones_like(hidden[..., :1], dtype=torch.float32)
         origin = torch.arange(patches, device=hidden.device).expand(hidden.shape[:2])
         while hidden.shape[1] > keep:
             matching = bipartite_match(hidden, hidden.shape[1] - keep, class_token=False)

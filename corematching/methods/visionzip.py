@@ -101,14 +101,12 @@ def zip_tokens(hidden: Tensor, scores: Tensor, metric: Tensor, dominant: int, co
     is_target = torch.zeros(length - dominant, dtype=torch.bool, device=hidden.device)
     is_target[::stride][:contextual] = True
     target, other = rest[:, is_target], rest[:, ~is_target]
-    unit = F.normalize(metric, dim=-1)
+    unit = F.normalize(metric.float(), dim=-1)
     assigned = (_rows(unit, other) @ _rows(unit, target).transpose(1, 2)).argmax(2)
-    sums = hidden.new_zeros(images, contextual, hidden.shape[2])
-    sums = sums.scatter_add(1, assigned[..., None].expand(-1, -1, hidden.shape[2]), _rows(hidden, other))
-    counts = hidden.new_zeros(images, contextual).scatter_add(
-        1, assigned, torch.ones_like(assigned, dtype=hidden.dtype)
-    )
-    merged = _rows(hidden, target) + sums / counts.clamp(min=1)[..., None]
+    sums = unit.new_zeros(images, contextual, hidden.shape[2])
+    sums = sums.scatter_add(1, assigned[..., None].expand(-1, -1, hidden.shape[2]), _rows(hidden, other).float())
+    counts = unit.new_zeros(images, contextual).scatter_add(1, assigned, torch.ones_like(assigned, dtype=unit.dtype))
+    merged = _rows(hidden, target) + (sums / counts.clamp(min=1)[..., None]).to(hidden.dtype)
     return torch.cat([_rows(hidden, first), merged], 1), torch.cat([first, target], 1) - 1
 
 
