@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from corematching.benchmarks.mini.scenes import COLOURS, GRID, IMAGE_SIZE, PATCH, SHAPES, SIZES, TEXTURES
-from corematching.training.codes import CodeBook
-from corematching.training.vocabulary import IMAGE_TOKEN
+from corematching.training.codes import MARK_TO_TEXT, CodeBook
+from corematching.training.vocabulary import CORE_WORDS, IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
@@ -218,20 +218,24 @@ def start_language(model: LlavaForConditionalGeneration, codes: CodeBook, genera
 
 
 def _match_codes(attention, codes: CodeBook, config, generator: torch.Generator) -> None:
-    """Every head attends where the key holds the query's code; two heads in three of a text token look past other text.
+    """Every head attends where the key names what the query names; two in three look past text, one past the image.
 
-    The match lies in the slowly turning half of the rotary pairs, which hardly changes over 600 tokens. Without the
-    second part a word would mostly attend to itself.
+    The match is made on named things only (the core words' span), in the slowly turning half of the rotary pairs, which
+    hardly changes over 600 tokens.
     """
     width, head = config.hidden_size, attention.head_dim
     half = head // 2
-    slow = (torch.arange(head) % half >= half // 2).repeat(config.num_attention_heads)
-    match = _orthogonal(width, width, generator) * torch.where(slow, 2.0, 0.5)[:, None]
+    named = torch.stack([codes.unit(word) for word in CORE_WORDS])
+    match = 0.5 * _orthogonal(width, width, generator)
+    slow = (torch.arange(head) % half >= half // 2).nonzero()[:, 0]
+    for number in range(config.num_attention_heads):
+        rows = number * head + slow
+        match[rows] = 1.2 * _orthogonal(len(slow), len(named), generator) @ named
     query, key = match.clone(), match.clone()
     for number in range(config.num_attention_heads):
-        if number % 3:
-            row = number * head + half - 1  # the slowest pair
-            query[row], key[row] = 1.1 * codes.text, -1.1 * codes.text
+        row = number * head + half - 1  # the slowest pair
+        sign = -1.0 if number % 3 else 1.0
+        query[row], key[row] = codes.text, sign * codes.text
     attention.q_proj.weight.copy_(query)
     attention.k_proj.weight.copy_(key)
 
@@ -249,7 +253,8 @@ def _previous_token_head(attention, codes: CodeBook, config) -> None:
     query[:used] = 1.0
     key[:used], key[half : half + used] = torch.cos(rates[:used]), torch.sin(rates[:used])
     gain = math.sqrt(12 * math.sqrt(head)) / 6.9  # a logit of 36 at distance one; 6.9: the mark after RMSNorm
-    attention.q_proj.weight[:head] = gain * torch.outer(query, codes.text)
+    asks = codes.text - codes.mark / MARK_TO_TEXT  # nothing for option marks, whose letter is not about the word before
+    attention.q_proj.weight[:head] = gain * torch.outer(query, asks)
     attention.k_proj.weight[:head] = gain * torch.outer(key, codes.text)
     named = [
         *"ABCDE",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corematching.benchmarks.mini.scenes import COLOURS, DIGITS, GRID, SHAPES, SIZES, TEXTURES, WORDS, SceneObject
 from corematching.training.vocabulary import CORE_WORDS, FUNCTION_WORDS, OPTION_MARKS, PHRASES, SPECIAL, alias_of
@@ -28,6 +28,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 _NORMS = {"colour": 7.0, "kind": 7.0, "texture": 5.0, "size": 5.0}
 _WORD, _TEXT = 7.0, 4.0  # every word has the same norm, so that the mark of text weighs the same in each
 _ALIAS = 0.35  # own share of a word that means the same as another
+MARK_TO_TEXT = _WORD * _ALIAS / _TEXT
 _ANCHOR, _BACKGROUND, _HALF = 5.0, 4.0, 3.5
 _PLACES = 10
 
@@ -54,8 +55,16 @@ class CodeBook:
         self._direction = dict(zip(names, basis))
         self.tokenizer = tokenizer
         self.text = self._direction["(text)"]
+        self.mark = self._direction[OPTION_MARKS[0]]  # what all option marks share
         scratch = torch.randn(len(tokenizer), width, generator=generator)
         self._scratch = scratch / scratch.norm(dim=1, keepdim=True)
+
+    def to(self, device: str | torch.device) -> CodeBook:
+        """Move all directions to a device, in place; returns itself."""
+        self._direction = {name: direction.to(device) for name, direction in self._direction.items()}
+        self._scratch = self._scratch.to(device)
+        self.text, self.mark = self._direction["(text)"], self._direction[OPTION_MARKS[0]]
+        return self
 
     def unit(self, word: str) -> Tensor:
         """The word's direction, a unit vector of shape (width,)."""
@@ -75,7 +84,8 @@ class CodeBook:
             index, alias = len(rows), alias_of(token)
             if alias is not None:
                 shared = math.sqrt(1 - _ALIAS**2)
-                rows.append(shared * self._direction[alias] + _ALIAS * self._direction[token])
+                own = self.mark if token in OPTION_MARKS else self._direction[token]
+                rows.append(shared * self._direction[alias] + _ALIAS * own)
             else:
                 rows.append(self._direction.get(token, self._scratch[index]))
         return _WORD * torch.stack(rows)
@@ -86,7 +96,7 @@ class CodeBook:
 
     def place_codes(self) -> Tensor:
         """What a visual token says about its place, shape (24, 24, width), rows first: linear and slow waves."""
-        axis = (torch.arange(GRID) + 0.5) / (GRID / 2) - 1
+        axis = (torch.arange(GRID, device=self.text.device) + 0.5) / (GRID / 2) - 1
         y, x = torch.meshgrid(axis, axis, indexing="ij")
         terms = [4 * x, 4 * y]
         for k in (1, 2):
@@ -108,7 +118,7 @@ class CodeBook:
         present = labels.values["colour"] >= 0
         for attribute, norm in _NORMS.items():
             index = labels.values[attribute]
-            table = torch.cat([self.attribute_codes(attribute) * norm, torch.zeros(1, tokens.shape[-1])])
+            table = nn.functional.pad(self.attribute_codes(attribute) * norm, (0, 0, 0, 1))
             tokens += table[index]  # index -1 is the row of zeros
         tokens += labels.anchor[..., None] * (_ANCHOR * self._direction["(anchor)"])
         side = torch.stack([self._direction["left"], self._direction["right"]])[(cols >= GRID // 2).long()]
@@ -154,6 +164,10 @@ class PatchLabels:
                 anchor[index, item.row, item.col] = True
         flat = {name: torch.from_numpy(array).flatten(1) for name, array in values.items()}
         return cls(flat, torch.from_numpy(anchor).flatten(1))
+
+    def to(self, device: str | torch.device) -> PatchLabels:
+        """A copy on a device."""
+        return PatchLabels({name: value.to(device) for name, value in self.values.items()}, self.anchor.to(device))
 
     def gather(self, index: Tensor) -> PatchLabels:
         """The labels at these patches, shape (scenes, chosen)."""

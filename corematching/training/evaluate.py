@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, questions_for
 from corematching.benchmarks.mini.scenes import GRID, IMAGE_SIZE, make_scene
 from corematching.training.codes import CodeBook, PatchLabels
 from corematching.training.language import IGNORED, Packer, pixels_of, run_layers
 from corematching.training.vision import pixels, visual_features
+from corematching.training.vocabulary import build_tokenizer
 
 CONDITIONS = ("dense", "blank", "random-64", "oracle")
+REPORTED = ("dense", "blank", "random-64")
 
 
 @dataclass(frozen=True)
@@ -128,3 +132,45 @@ def by_benchmark(tallies: dict[tuple[str, str], Tally]) -> dict[str, Tally]:
     for (benchmark, _), tally in tallies.items():
         sums[benchmark] += tally
     return dict(sums)
+
+
+def chance(benchmark: str, images: int, seed: int = 0) -> float:
+    """Expected share of right answers, in percent, of the best guess that sees the question but not the image.
+
+    Lettered and yes/no questions: uniform over the options. Others: the most frequent answer of the question's family.
+    """
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    guessed, total = 0.0, 0
+    for index in range(images):
+        rng = random.Random(f"{seed}:{benchmark}:{index}")
+        for question in questions_for(benchmark, make_scene(seed * 1_000_000 + index, "test"), rng):
+            total += 1
+            if question.choices:
+                guessed += 1 / len(question.choices)
+            else:
+                answers[question.family][question.answer] += 1
+    guessed += sum(counts.most_common(1)[0][1] for counts in answers.values())
+    return 100 * guessed / max(total, 1)
+
+
+def report(folder: Path, images: int = 100, benchmarks: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)) -> str:
+    """Two Markdown tables for a saved model: accuracy by benchmark under each condition, and the mini GQA by family."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = build_tokenizer()
+    packer, codes = Packer(tokenizer), CodeBook(tokenizer, model.config.text_config.hidden_size)
+    results = {c: evaluate(model, packer, codes, c, benchmarks, images) for c in REPORTED}
+    sums = {c: by_benchmark(tallies) for c, tallies in results.items()}
+    lines = [f"| benchmark | n | {' | '.join(REPORTED)} | chance |", "|---" * (len(REPORTED) + 3) + "|"]
+    for benchmark in benchmarks:
+        row = [_cell(sums[c][benchmark]) for c in REPORTED]
+        guess = chance(benchmark, images)
+        lines.append(f"| {benchmark} | {sums['dense'][benchmark].total} | {' | '.join(row)} | {guess:.1f} |")
+    lines += ["", f"| GQA family | n | {' | '.join(REPORTED)} |", "|---" * (len(REPORTED) + 2) + "|"]
+    for family in BENCHMARK_FAMILIES["gqa"]:
+        row = [results[c].get(("gqa", family), Tally()) for c in REPORTED]
+        lines.append(f"| {family} | {row[0].total} | {' | '.join(map(_cell, row))} |")
+    return "\n".join(lines)
+
+
+def _cell(tally: Tally) -> str:
+    return f"{tally.accuracy:.1f} ± {tally.error:.1f}"

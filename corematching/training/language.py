@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corematching.benchmarks.mini.questions import Question, questions_for
+from corematching.benchmarks.mini.families import POOLS, Question
+from corematching.benchmarks.mini.questions import LETTERS, questions_for
 from corematching.benchmarks.mini.scenes import GRID, Scene, make_scene, render_array
 from corematching.training.codes import CodeBook, PatchLabels
 from corematching.training.loop import Schedule
@@ -24,6 +25,7 @@ from corematching.training.vision import pixels, visual_features
 from corematching.training.vocabulary import SYSTEM
 
 IGNORED = -100
+ECHO = "echo"  # a practice format of the training alone
 EARLY_LAYERS = 3
 
 
@@ -62,6 +64,11 @@ class PackedBatch:
     owner: Tensor
     names: list[list[str]]
 
+    def to(self, device: str | torch.device) -> PackedBatch:
+        """A copy with all tensors on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -74,10 +81,19 @@ class Mix:
         """A benchmark and one of its questions about the scene."""
         while True:
             (benchmark,) = rng.choices(list(self.benchmarks), weights=list(self.benchmarks.values()))
-            questions = questions_for(benchmark, scene, rng)
+            questions = [echo_question(rng)] if benchmark == ECHO else questions_for(benchmark, scene, rng)
             weights = [self.families.get(question.family, 1.0) for question in questions]
             if questions and sum(weights):
                 return benchmark, rng.choices(questions, weights=weights)[0]
+
+
+def echo_question(rng: random.Random) -> Question:
+    """A lettered question that names its answer: practice in finding an option, without the image."""
+    pool = POOLS[rng.choice(("color", "shape", "digit", "word", "texture"))]
+    choices = tuple(rng.sample(pool, min(4, len(pool))))
+    index = rng.randrange(len(choices))
+    meta = {"word": choices[index]}
+    return Question(ECHO, f"What is {choices[index]}?", LETTERS[index], choices, index, meta=meta)
 
 
 class Packer:
@@ -272,12 +288,13 @@ class LanguageStage:
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
         index = choose_patches(labels, self.visual, generator)
         drawn = [[self.mix.draw(scene, rng) for _ in range(self.questions)] for scene in scenes]
-        batch = self.packer.pack(scenes, index, drawn, rng)
+        batch = self.packer.pack(scenes, index, drawn, rng).to(model.device)
+        index = batch.index
         if self.oracle:
-            visual = self.codes.visual_tokens(labels.gather(index), index // GRID, index % GRID)
+            visual = self.codes.visual_tokens(labels.to(model.device).gather(index), index // GRID, index % GRID)
         else:
             with torch.no_grad():
-                whole = visual_features(model, pixels_of(scenes))
+                whole = visual_features(model, pixels_of(scenes).to(model.device))
             visual = whole.gather(1, index[..., None].expand(-1, -1, whole.shape[-1]))
         return batch, visual
 

@@ -75,7 +75,7 @@ class Track:
 
         `stop_after` ends the run after so many steps in all, as an interruption would (a checkpoint is written).
         """
-        state = torch.load(self.path, weights_only=True) if self.path.exists() else None
+        state = torch.load(self.path, weights_only=True, map_location="cpu") if self.path.exists() else None
         if state is not None:
             model.load_state_dict(state["model"])
             self.done = state["done"]

@@ -45,7 +45,7 @@ def user_prompt(benchmark: str, question: Question, variant: str, chinese: bool 
     if benchmark == "scienceqa":
         context = f"{CONTEXT} {hint}\n" if hint else ""
         return f"{context}{text}\n{options}\n{LETTER_ANSWER}"
-    if benchmark == "seedbench":
+    if benchmark in ("seedbench", "echo"):
         return f"{text}\n{options}\n{LETTER_ANSWER}"
     if benchmark == "mmbench":
         suffix = LETTER_ANSWER_CN if chinese else LETTER_ANSWER

@@ -9,9 +9,19 @@ from corematching.training.vision import VisionStage
 SHALLOW_LAYERS = 6  # the language model learns the task at this depth and is then deepened
 
 _OPEN_FIRST = Mix(
-    {"gqa": 3, "vqav2": 1, "mme": 1, "seedbench": 1.5, "mmbench": 0.5, "scienceqa": 0.5, "mmvet": 0.4, "textvqa": 0.2,
-     "vizwiz": 0.4, "pope": 0.3},
+    {"gqa": 3, "vqav2": 1, "mme": 1.5, "seedbench": 2, "mmbench": 1, "scienceqa": 1, "mmvet": 0.4, "textvqa": 0.2,
+     "vizwiz": 0.4, "pope": 0.5},
     {"color": 2.0, "compound": 2.0},
+)  # fmt: skip
+_LAGGING = Mix(
+    {"echo": 2, "gqa": 3, "vqav2": 0.5, "mme": 1.5, "seedbench": 2, "mmbench": 1, "scienceqa": 1, "mmvet": 0.3,
+     "textvqa": 0.2, "vizwiz": 0.4, "pope": 1},
+    {"shape": 0.5, "digit": 0.7, "word": 0.7, "texture": 0.5, "exists": 2, "side": 2, "height": 2, "size": 2,
+     "relation": 1.5},
+)  # fmt: skip
+_ALL = Mix(
+    {"gqa": 3, "vqav2": 1.5, "mme": 2, "seedbench": 1.5, "mmbench": 1, "scienceqa": 1.5, "mmvet": 1, "textvqa": 0.7,
+     "vizwiz": 1, "pope": 1},
 )  # fmt: skip
 
 
@@ -19,12 +29,25 @@ def vision_stages(codes: CodeBook) -> list[VisionStage]:
     """Crops of a quarter of the image first (cheap), then whole images."""
     return [
         VisionStage("quarter", 4000, 8, 12, codes),
-        VisionStage("whole", 1200, 3, 24, codes, muon_rate=0.004, adam_rate=4e-4),
+        VisionStage("whole", 400, 3, 24, codes, muon_rate=0.004, adam_rate=4e-4),
     ]
 
 
 def shallow_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
-    """Oracle tokens, few of them: the look-ups form here."""
+    """Few oracle tokens at half the depth: the look-ups form here."""
     return [
-        LanguageStage("few", 800, 8, _OPEN_FIRST, codes, packer, visual=32, rate_peak=2e-3, decay_share=0.2),
+        LanguageStage("few", 400, 8, _OPEN_FIRST, codes, packer, visual=32, rate_peak=2e-3, decay_share=0.2),
+        LanguageStage("lagging", 600, 8, _LAGGING, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
     ]
+
+
+def deep_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
+    """Full depth: look-ups move past the first layers, then real images with all 576 tokens."""
+    late = {"hide_early": 0.75, "gate_weight": 0.3}
+    return [
+        LanguageStage("deep", 300, 8, _ALL, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, **late),
+        LanguageStage(
+            "images", 250, 4, _ALL, codes, packer, questions=16, visual=None, oracle=False, rate_peak=6e-4,
+            decay_share=0.8, **late,
+        ),
+    ]  # fmt: skip

@@ -32,6 +32,10 @@ class VisionBatch:
     rows: Tensor  # (n, grid * grid)
     cols: Tensor
 
+    def to(self, device: str | torch.device) -> VisionBatch:
+        """A copy on a device."""
+        return VisionBatch(*(part.to(device) for part in (self.pixels, self.labels, self.rows, self.cols)))
+
 
 def vision_batch(seed: str, size: int, grid: int) -> VisionBatch:
     """Crowded pictures: colours may repeat, and an area of 12 x 12 patches holds up to ten objects."""
@@ -134,6 +138,6 @@ class VisionStage:
 
     def loss(self, model, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss and shares of rightly read patches on the step's pictures."""
-        batch = vision_batch(f"{self.name}:{step}", self.batch, self.grid)
+        batch = vision_batch(f"{self.name}:{step}", self.batch, self.grid).to(model.device)
         features = visual_features(model, batch.pixels, batch.rows, batch.cols)
         return vision_loss(features, batch, self.codes)

@@ -1,0 +1,206 @@
+"""Training of the tiny model: the shared code, the packing, exact continuation, the exported folder."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, questions_for
+from corematching.benchmarks.mini.scenes import GRID, make_scene, render, render_array
+from corematching.training.architecture import TinyShape, build_model, deepen
+from corematching.training.codes import ATTRIBUTES, CodeBook, PatchLabels
+from corematching.training.evaluate import evaluate
+from corematching.training.export import build_processor
+from corematching.training.language import IGNORED, LanguageStage, Mix, Packer, choose_patches, run_layers
+from corematching.training.loop import Schedule, Track
+from corematching.training.prompts import user_prompt
+from corematching.training.vision import VisionStage, pixels, vision_batch, visual_features
+from corematching.training.vocabulary import SYSTEM, build_tokenizer
+
+MICRO = TinyShape(layers=2, ffn=32, vision_layers=3, vision_ffn=32)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def codes(tokenizer):
+    return CodeBook(tokenizer, MICRO.width)
+
+
+@pytest.fixture(scope="module")
+def packer(tokenizer):
+    return Packer(tokenizer)
+
+
+@pytest.fixture
+def model(tokenizer, codes):
+    return build_model(tokenizer, codes, MICRO)
+
+
+def vision_stage(codes):
+    return VisionStage("crops", 4, 2, 12, codes)
+
+
+def language_stage(codes, packer):
+    mix = Mix({"gqa": 1, "seedbench": 1})
+    return LanguageStage("few", 4, 2, mix, codes, packer, questions=2, visual=16, hide_early=0.5, gate_weight=0.1)
+
+
+def test_answers_are_single_tokens_and_decode_exactly(tokenizer):
+    for answer in ("yes", "no", "7", "A", "D", "unanswerable", "red", "cat", "It is a large striped circle"):
+        ids = tokenizer(answer, add_special_tokens=False).input_ids
+        assert len(ids) == len(answer.split())
+        assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == answer
+
+
+def test_any_text_encodes_and_words_outside_the_vocabulary_survive(tokenizer):
+    ids = tokenizer("Zebra xylophone", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == "Zebra xylophone"
+    assert tokenizer.unk_token_id in tokenizer("汉字").input_ids
+
+
+def test_no_mini_prompt_needs_the_character_fallback(tokenizer):
+    rng = random.Random(0)
+    for benchmark in BENCHMARK_FAMILIES:
+        for seed in range(40):
+            for question in questions_for(benchmark, make_scene(seed, "test"), rng):
+                for variant in ("llava15", "lmms_eval"):
+                    tokens = tokenizer.tokenize(user_prompt(benchmark, question, variant))
+                    assert not [token for token in tokens if token.startswith("##") or token == "<unk>"], tokens
+
+
+def test_the_chat_template_is_vicuna_v1_for_both_kinds_of_content(tokenizer):
+    expected = f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    for content in ("<image>\nWhat is it?", parts):
+        chat = [{"role": "user", "content": content}]
+        assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
+
+
+def test_visual_features_are_those_of_the_stock_model(model):
+    values = pixels(_pictures(2))
+    stock = torch.stack(list(model.model.get_image_features(values, return_dict=True).pooler_output))
+    assert torch.allclose(visual_features(model, values), stock, atol=1e-5)
+
+
+def _pictures(count):
+    return np.stack([render_array(make_scene(seed, "test")) for seed in range(count)])
+
+
+def test_the_visual_code_can_be_read_back(codes):
+    scenes = [make_scene(seed, "test") for seed in range(20)]
+    labels = PatchLabels.of([scene.objects for scene in scenes])
+    index = torch.arange(GRID * GRID).expand(len(scenes), -1)
+    tokens = codes.visual_tokens(labels, index // GRID, index % GRID)
+    for name in ATTRIBUTES:
+        truth = labels.values[name]
+        read = (tokens @ codes.attribute_codes(name).T).argmax(-1)
+        assert (read == truth)[truth >= 0].all()
+
+
+def test_few_patches_are_those_of_objects_first():
+    labels = PatchLabels.of([make_scene(1, "test").objects])
+    on_object = labels.values["colour"][0] >= 0
+    index = choose_patches(labels, int(on_object.sum()) + 3, torch.Generator().manual_seed(0))
+    assert set(on_object.nonzero()[:, 0].tolist()) < set(index[0].tolist())
+
+
+@torch.no_grad()
+def test_packed_questions_answer_like_single_prompts(model, tokenizer, packer):
+    """Packing is only a speed-up: the logits are those of the stock model fed with each prompt alone."""
+    rng = random.Random(3)
+    scene = make_scene(5, "test")
+    drawn = [("gqa", question) for question in questions_for("gqa", scene, rng)[:3]]
+    whole = torch.arange(GRID * GRID)[None]
+    batch = packer.pack([scene], whole, [drawn], random.Random(1))
+    visual = visual_features(model, pixels(_pictures(6)[5:]))
+    _, last = run_layers(model, batch, visual, 1, hide_early=False)
+    packed = model.lm_head(model.model.language_model.norm(last))[0]
+    processor = build_processor(tokenizer)
+    at = 0
+    for _, question in drawn:
+        text = f"{SYSTEM} USER: <image>\n{user_prompt('gqa', question, 'llava15')} ASSISTANT:"
+        inputs = processor(images=[render(scene)], text=[text], return_tensors="pt")
+        alone = model(**inputs).logits[0, -1]
+        length = inputs.input_ids.shape[1] - len(packer.prefix) - GRID * GRID
+        assert torch.allclose(packed[at + length - 1], alone, atol=1e-3)
+        assert batch.targets[0, at + length - 1] == tokenizer(question.answer, add_special_tokens=False).input_ids[0]
+        at += length + 1
+    assert (batch.targets[0] != IGNORED).sum() == 2 * len(drawn)
+
+
+@torch.no_grad()
+def test_hiding_early_keeps_the_image_from_the_first_layers_only(model, codes, packer):
+    stage = language_stage(codes, packer)
+    batch, visual = stage.packed(model, random.Random(0))
+    shown, _ = run_layers(model, batch, visual, 1, hide_early=True)
+    other, _ = run_layers(model, batch, visual + 1, 1, hide_early=True)
+    assert torch.equal(shown, other)
+    assert not torch.equal(shown, run_layers(model, batch, visual, 1, hide_early=False)[0])
+
+
+@pytest.mark.parametrize("kind", ["vision", "language"])
+def test_an_interrupted_run_continues_exactly(kind, tokenizer, codes, packer, tmp_path):
+    def run(folder, *pieces):
+        for steps in pieces:
+            model = build_model(tokenizer, codes, MICRO)
+            stage = vision_stage(codes) if kind == "vision" else language_stage(codes, packer)
+            track = Track(kind, [stage], folder, log=lambda line: None)
+            track.run(model, stop_after=steps)
+        return model.state_dict(), track
+
+    straight, _ = run(tmp_path / "straight", None)
+    pieces, track = run(tmp_path / "pieces", 1, 2, None)
+    assert track.done.keys() == {"crops" if kind == "vision" else "few"}
+    assert all(torch.equal(straight[name], pieces[name]) for name in straight)
+    start = build_model(tokenizer, codes, MICRO).state_dict()
+    assert any(not torch.equal(straight[name], start[name]) for name in straight)
+
+
+def test_vision_training_lowers_its_loss(model, codes):
+    stage = VisionStage("crops", 20, 2, 12, codes)
+    optimizers = stage.start(model)
+    losses = []
+    for step in range(stage.steps):
+        loss, _ = stage.loss(model, step % 2)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+
+
+def test_batches_are_functions_of_their_name():
+    first, again, other = (vision_batch(name, 1, 12) for name in ("a", "a", "b"))
+    assert torch.equal(first.pixels, again.pixels)
+    assert not torch.equal(first.pixels, other.pixels)
+
+
+@torch.no_grad()
+def test_deepening_keeps_the_function(model, tokenizer, codes):
+    deep = build_model(tokenizer, codes, TinyShape(layers=4, ffn=32, vision_layers=3, vision_ffn=32), seed=9)
+    deepen(model, deep)
+    ids = tokenizer("What color is the square?", return_tensors="pt").input_ids
+    assert torch.equal(model(input_ids=ids).logits, deep(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="cannot deepen 4 decoder layers to 2"):
+        deepen(deep, model)
+
+
+def test_evaluation_counts_every_question_and_names_its_conditions(model, codes, packer):
+    tallies = evaluate(model, packer, codes, "random-64", ("pope",), images=3)
+    assert set(tallies) == {("pope", "exists")}
+    assert tallies["pope", "exists"].total == 6
+    with pytest.raises(ValueError, match="unknown condition 'grey': use one of dense, blank"):
+        evaluate(model, packer, codes, "grey")
+
+
+def test_the_schedule_rises_stays_and_falls():
+    schedule = Schedule(100, warmup=10, decay_share=0.5)
+    assert schedule(0) == pytest.approx(0.1)
+    assert schedule(30) == 1
+    assert schedule(99) < 0.05
