@@ -49,8 +49,8 @@ def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Pre
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"predictor={file!r}: there is no predictor file {path.name} for this model; "
-            "make one with python scripts/train_predictors.py"
+            f"predictor={file!r}: there is no predictor file {path.name} for this model; make one with "
+            f"python scripts/train_predictors.py --model {Path(model.config._name_or_path).name or 'NAME'}"
         ) from error
     predictors = {}
     for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
