@@ -20,8 +20,8 @@ from corematching.engine import kernels
 
 GATHER_AFTER = 3
 """Decode steps computed densely before neurons are gathered on a CPU. Gathering costs about as much as two to four
-dense steps save (``corematching.efficiency.breakeven`` measures it), and an answer that has lasted this long is expected
-to last at least as long again."""
+dense steps save (``corematching.efficiency.breakeven`` measures it), and an answer that has lasted this long is
+expected to last at least as long again."""
 CACHED_BYTES = 2**23
 """FFNs up to this size sit in a CPU's last-level cache, where gathering costs next to nothing."""
 GATHER_ONCE_SHARE = 0.2
@@ -32,12 +32,14 @@ read again, a dense one is read once, and rows in random order come slower."""
 def neuron_major(mlp: Any) -> Callable[[], None]:
     """Store the down weight neuron by neuron, in place; values and shapes stay the same.
 
+    FFNs that sit in a CPU's cache are left alone: strided columns cost little there.
+
     Returns
     -------
     A function that restores the original storage order, and with it bit-identical results.
     """
     down = mlp.down_proj.weight
-    if down.data.t().is_contiguous():
+    if down.data.t().is_contiguous() or _cheap_to_gather(mlp):
         return lambda: None
     with torch.inference_mode(False), torch.no_grad():
         down.data = down.data.t().contiguous().t()
@@ -175,9 +177,7 @@ class FFNBuilder:
         return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]))
 
     def _patience(self, mlp: Any) -> int:
-        weight = mlp.gate_proj.weight
-        small = 3 * weight.numel() * weight.element_size() <= CACHED_BYTES
-        return 0 if small or weight.device.type != "cpu" else GATHER_AFTER
+        return 0 if _cheap_to_gather(mlp) or mlp.gate_proj.weight.device.type != "cpu" else GATHER_AFTER
 
     def _room(self, mlp: Any, count: int) -> Rows | None:
         if kernels.available(mlp.gate_proj.weight.device):
@@ -190,3 +190,8 @@ class FFNBuilder:
 
 def _rows_agree(index: Tensor) -> bool:
     return index.shape[0] == 1 or bool((index == index[:1]).all())
+
+
+def _cheap_to_gather(mlp: Any) -> bool:
+    weight = mlp.gate_proj.weight
+    return weight.device.type == "cpu" and 3 * weight.numel() * weight.element_size() <= CACHED_BYTES

@@ -40,9 +40,9 @@ def attach(method: Method, model: Any) -> Iterator[Trace]:
         If the method's parameters do not fit the model, or a method is installed already.
     """
     if getattr(model, "_corematching", None) is not None:
-        raise UserError(f"method {model._corematching.name!r} is installed already: join methods with compose()")
+        raise UserError(f"method {model._corematching.method.name!r} is installed already: join methods with compose()")
     session = Session(method, model)
-    model._corematching = method
+    model._corematching = session
     try:
         session.install()
         yield session.trace
@@ -55,6 +55,7 @@ class Session:
     """One installed method: its stages by layer, the hooks that carry them out, and the trace."""
 
     def __init__(self, method: Method, model: Any) -> None:
+        self.method = method
         self.model = model
         self.family = family_of(model.config)
         self.geometry = self.family.geometry(model.config)
@@ -68,6 +69,8 @@ class Session:
         self.tokenwise = self._tokenwise([stage for stage in stages if isinstance(stage, PredictNeurons)])
         self.trace = Trace()
         self.states: WeakKeyDictionary[Any, PromptState] = WeakKeyDictionary()
+        self.decoders: dict[Any, Any] = {}
+        """Static decoders by the signature of the prompts they serve (see :mod:`corematching.engine.compiled`)."""
         self.active: PromptState | None = None
         """The prompt being decoded right now; None during prefill."""
         self.current: PromptState | None = None
@@ -112,6 +115,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         self.states.clear()
+        self.decoders.clear()
         self.activations.clear()
         self.attended.clear()
         self.tower_run = self.current = self.input_ids = None

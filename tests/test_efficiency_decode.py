@@ -1,0 +1,187 @@
+"""Fast decoding: static shapes, lazily gathered neurons and the gathering kernel answer like the plain path."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import IMAGE_TOKENS, left_pad
+
+import corematching as cm
+from corematching.engine import ffn
+from corematching.engine.compiled import decoder_of, generate, prefill
+from corematching.registry import group_names
+
+# Parameters that fit the six-layer fixture; methods not named run with their defaults.
+PARAMETERS = {
+    "random": {"keep": 10},
+    "uniform": {"keep": 10},
+    "pooling": {"keep": 0.25},
+    "fastv": {"keep": 10},
+    "corematching_release": {"first_layer": 2, "last_layer": 4},
+    "pyramiddrop": {"layers": (1, 2, 4)},
+    "sparsevlm": {"layers": (1, 2, 4), "schedule": (40, 20, 10)},
+    "topv": {"keep": 10},
+    "dart": {"keep": 20},
+    "tome": {"r": 8},
+    "tome_pre_llm": {"keep": 10},
+    "visionzip": {"dominant": 8, "contextual": 2},
+    "fastervlm": {"keep": 10},
+    "vtc_cls": {"layer": 1, "keep": 10},
+    "divprune": {"keep": 10},
+    "streaming_llm": {"keep": 0.3},
+    "snapkv": {"keep": 40},
+}
+# These need files beside the model: a CLIP text tower, trained predictors, a second model.
+NEEDS_FILES = {"cdpruner", "dejavu", "powerinfer", "sgl"}
+METHODS = [name for name in group_names("method") if name not in NEEDS_FILES]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_static_decoding_answers_like_eager(name, random_llava, prompts):
+    with cm.build_method(name, **PARAMETERS.get(name, {}))(random_llava) as trace:
+        for inputs in (prompts[0], left_pad([prompts[0], prompts[1]])):
+            eager = generate(random_llava, inputs, 6)
+            stock = random_llava.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+            static = generate(random_llava, inputs, 6, engine="compiled")
+            assert torch.equal(eager, stock[:, inputs["input_ids"].shape[1] :])
+            assert torch.equal(static, eager)
+            samples = trace.drain()
+            by_run = [samples[start :: len(samples) // 3] for start in range(len(samples) // 3)]
+            for runs in by_run:
+                assert {run.decode_steps for run in runs} == {5}
+                assert {run.head_positions for run in runs} == {6}
+
+
+def test_static_buffers_are_sized_after_pruning(random_llava, prompts):
+    with cm.build_method("fastv", keep=10)(random_llava), torch.inference_mode():
+        cache, token = prefill(random_llava, prompts[1])
+        decoder = decoder_of(random_llava, prompts[1], cache, token, 4, "compiled")
+        sizes = [keys.shape[2] for keys in decoder.kv.keys]
+    length = prompts[1]["input_ids"].shape[1]
+    assert sizes[0] >= length + 4
+    assert sizes[2] >= length - IMAGE_TOKENS + 10 + 4
+    assert sizes[2] < length
+
+
+def test_prompts_of_one_shape_share_a_static_decoder(random_llava, prompts):
+    with cm.build_method("fastv", keep=10)(random_llava), torch.inference_mode():
+        made = []
+        for inputs in (prompts[0], {**prompts[0], "pixel_values": -prompts[0]["pixel_values"]}, prompts[2]):
+            cache, token = prefill(random_llava, inputs)
+            made.append(decoder_of(random_llava, inputs, cache, token, 4, "compiled"))
+    assert made[0] is made[1]
+    assert made[0] is not made[2]
+
+
+def test_generation_stops_at_the_end_token(random_llava, prompts):
+    free = generate(random_llava, prompts[0], 6)[0].tolist()
+    stopped = generate(random_llava, prompts[0], 6, eos_token_id=free[2])[0].tolist()
+    assert stopped == free[: free.index(free[2]) + 1]
+
+
+def test_static_decoder_refuses_more_steps_than_it_has_room_for(random_llava, prompts):
+    with cm.build_method("dense")(random_llava), torch.inference_mode():
+        cache, token = prefill(random_llava, prompts[0])
+        decoder = decoder_of(random_llava, prompts[0], cache, token, 2, "compiled")
+        decoder.step(), decoder.step()
+        with pytest.raises(RuntimeError, match="2 steps"):
+            decoder.step()
+
+
+def test_wrong_engines_are_refused(random_llava, prompts):
+    with pytest.raises(cm.UserError, match=r"engine='fast'.*eager, compiled"):
+        generate(random_llava, prompts[0], 2, engine="fast")
+    with pytest.raises(cm.UserError, match="inside a method's context"):
+        generate(random_llava, prompts[0], 2, engine="compiled")
+
+
+@pytest.fixture
+def mlp(random_llava):
+    return random_llava.model.language_model.layers[0].mlp
+
+
+def reference(mlp, index, x):
+    """The definition: unchosen activations are zero."""
+    chosen = torch.zeros(mlp.gate_proj.weight.shape[0]).index_fill(0, index, 1.0)
+    return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) * chosen)
+
+
+@torch.no_grad()
+def test_lazily_gathered_neurons_give_the_same_numbers_at_every_step(mlp):
+    index, x = torch.tensor([3, 4, 20, 47]), torch.randn(1, 1, 32)
+    build = ffn.FFNBuilder(gather_after=2)
+    lazy = build(mlp, index[None])
+    for step in range(4):
+        assert torch.allclose(lazy(x), reference(mlp, index, x), atol=1e-6)
+        assert lazy.masked_steps == min(step + 1, 2)
+    assert lazy.rows.owner is lazy
+
+
+@torch.no_grad()
+def test_prompts_that_take_turns_do_not_read_each_others_neurons(mlp):
+    build, x = ffn.FFNBuilder(gather_after=0), torch.randn(1, 1, 32)
+    first, second = torch.tensor([1, 2, 3]), torch.tensor([10, 20, 30])
+    ours, theirs = build(mlp, first[None]), build(mlp, second[None])
+    for _ in range(2):
+        assert torch.allclose(ours(x), reference(mlp, first, x), atol=1e-6)
+        assert torch.allclose(theirs(x), reference(mlp, second, x), atol=1e-6)
+    assert ours.rows is theirs.rows, "room is kept from prompt to prompt"
+
+
+@torch.no_grad()
+def test_short_answers_never_gather(mlp, monkeypatch):
+    monkeypatch.setattr(ffn, "CACHED_BYTES", 0)
+    build = ffn.FFNBuilder()
+    short = build(mlp, torch.tensor([[1, 2, 3]]))
+    for _ in range(ffn.GATHER_AFTER):
+        short(torch.randn(1, 1, 32))
+    assert short.rows.owner is None
+    short(torch.randn(1, 1, 32))
+    assert short.rows.owner is short
+
+
+@torch.no_grad()
+def test_choosing_for_one_step_gathers_only_where_that_is_cheaper(mlp, monkeypatch):
+    monkeypatch.setattr(ffn, "CACHED_BYTES", 0)
+    build = ffn.FFNBuilder()
+    assert build.once(mlp, torch.arange(40)[None]).mode == "masked"
+    assert build.once(mlp, torch.arange(5)[None]).mode == "sliced"
+
+
+@torch.no_grad()
+def test_neuron_major_storage_changes_no_value_and_is_undone(mlp, monkeypatch):
+    monkeypatch.setattr(ffn, "CACHED_BYTES", 0)
+    before, x = mlp.down_proj.weight.clone(), torch.randn(3, 32)
+    dense = mlp(x)
+    restore = ffn.neuron_major(mlp)
+    assert mlp.down_proj.weight.t().is_contiguous()
+    assert torch.equal(mlp.down_proj.weight, before)
+    assert torch.allclose(mlp(x), dense, atol=1e-6)
+    restore()
+    assert mlp.down_proj.weight.is_contiguous()
+    assert torch.equal(mlp(x), dense)
+
+
+KERNEL = """
+import torch
+from corematching.engine.gather_kernel import gather_ffn
+torch.manual_seed(0)
+for width, d, k, name, act in ((90, 192, 77, "silu", torch.nn.functional.silu), (64, 600, 64, "relu", torch.relu),
+                               (70, 512, 1, "silu", torch.nn.functional.silu)):
+    gate, up, down = (torch.randn(width, d) for _ in range(3))
+    x, index = torch.randn(1, 1, d), torch.randperm(width)[:k]
+    wanted = (act(x @ gate[index].T) * (x @ up[index].T)) @ down[index]
+    assert torch.allclose(gather_ffn(gate, up, down, index, x, name), wanted, rtol=1e-4, atol=1e-3), (width, d, k)
+"""
+
+
+def test_gathering_kernel_computes_the_sliced_ffn():
+    """Triton's interpreter runs the kernel's source on the CPU; it must be chosen before Triton is imported."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
