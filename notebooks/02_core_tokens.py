@@ -1,0 +1,55 @@
+# %% [markdown]
+# # Core tokens
+#
+# Which patches of an image does the model need for a question? CoreMatching looks for visual tokens that activate the
+# same FFN neurons as the sentence as a whole. Two questions about one image should give two different sets.
+
+# %% tags=["parameters"]
+MODEL = "tiny"
+IMAGES = 2
+LAYER = 2  # tokens leave at the input of this layer
+
+# %%
+import corematching as cm
+from corematching.evaluation.generator import Generator, Question
+from corematching.results import evidence_figures
+from corematching.results.evidence import elbow, matching_evidence, mini_examples
+
+model, processor = cm.load_model(MODEL)
+examples = mini_examples(images=IMAGES, questions=2)
+evidence = [matching_evidence(model, processor, one) for one in examples]
+
+# %% [markdown]
+# ## The elbow
+#
+# Count for every visual token how many of the sentence's core neurons it activates, sort the counts, and cut where the
+# curve is farthest from the straight line between its ends. No budget has to be chosen.
+
+# %%
+depth = len(evidence[0].match)
+evidence_figures.elbow_curve(evidence[0], layers=[LAYER - 1, depth // 2, depth - 2])
+
+# %%
+for one, found in zip(examples, evidence):
+    kept = [elbow(counts)[1] for counts in found.match]
+    print(one.question.splitlines()[0], "-> tokens kept, by layer:", kept)
+
+# %% [markdown]
+# ## On the image
+#
+# Faded patches are dropped. FastV ranks tokens by attention, core tokens by shared neurons.
+
+# %%
+generator = Generator(model, processor)
+questions = [Question(one.question, lambda one=one: [one.image], {"max_new_tokens": 8}) for one in examples]
+methods = {
+    "fastv 64": cm.build_method("fastv", layer=LAYER, keep=64),
+    "core 64": cm.build_method("core_tokens", layer=LAYER, threshold="keep", keep=64),
+    "core, elbow": cm.build_method("core_tokens", layer=LAYER, threshold="elbow", keep=None),
+}
+kept = {name: generator.answer(questions, method) for name, method in methods.items()}
+rows = [
+    (one, {name: answers[place].trace.visual_tokens[-1].tolist() for name, answers in kept.items()})
+    for place, one in enumerate(examples)
+]
+evidence_figures.core_tokens(rows, evidence[0].grid)
