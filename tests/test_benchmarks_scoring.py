@@ -1,0 +1,99 @@
+"""The papers' numbers, against sums done by hand."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from corematching.benchmarks import load_benchmark
+from corematching.benchmarks.scoring import score, value_from_samples
+from corematching.errors import UserError
+
+
+def table(rows: list[tuple], *columns: str) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(columns))
+
+
+def test_exact_match_is_the_mean_in_percent() -> None:
+    samples = table([(1.0,), (0.3,), (0.0,), (0.9,)], "score")
+    assert value_from_samples(load_benchmark("textvqa"), samples)[0] == pytest.approx(55.0)
+
+
+def test_mme_adds_accuracy_and_pairs_per_subtask() -> None:
+    samples = table(
+        [
+            ("color", "a", 1.0),
+            ("color", "a", 1.0),
+            ("color", "b", 1.0),
+            ("color", "b", 0.0),
+            ("code_reasoning", "a", 0.0),
+            ("code_reasoning", "a", 1.0),
+        ],
+        "part",
+        "unit",
+        "score",
+    )
+    value, metrics = value_from_samples(load_benchmark("mme"), samples)
+    assert metrics["color"] == pytest.approx(75 + 50)
+    assert metrics["cognition"] == pytest.approx(50 + 0)
+    assert metrics["perception"] == pytest.approx(125)
+    assert value == pytest.approx(175)
+
+
+def test_pope_counts_an_unreadable_answer_as_a_miss() -> None:
+    """Stock leaves it out of recall, which then is 1 although one of two was missed."""
+    rows = [
+        ("random", "yes", "yes", 1.0),
+        ("random", "yes.", "yes", 0.0),
+        ("random", "no", "no", 1.0),
+        ("random", "yes", "no", 0.0),
+        ("popular", " YES", "yes", 1.0),
+        ("popular", "no", "no", 1.0),
+    ]
+    value, metrics = value_from_samples(load_benchmark("pope"), table(rows, "part", "prediction", "target", "score"))
+    precision, recall = 1 / 2, 1 / 2
+    assert metrics["f1_random"] == pytest.approx(100 * 2 * precision * recall / (precision + recall))
+    assert metrics["f1_popular"] == pytest.approx(100)
+    assert value == pytest.approx(75)
+    assert metrics["yes_ratio"] == pytest.approx(50)
+    assert metrics["invalid"] == pytest.approx(100 / 6)
+
+
+def test_pope_that_never_says_yes_is_zero() -> None:
+    rows = [("random", "no", "yes", 0.0), ("random", "no", "no", 1.0)]
+    value, metrics = value_from_samples(load_benchmark("pope"), table(rows, "part", "prediction", "target", "score"))
+    assert (value, metrics["accuracy"]) == (0.0, 50.0)
+
+
+def test_mmbench_needs_every_rotation() -> None:
+    rows = [("1", "x", 1.0), ("1", "x", 1.0), ("2", "x", 1.0), ("2", "x", 0.0), ("3", "y", 1.0)]
+    value, metrics = value_from_samples(load_benchmark("mmbench"), table(rows, "unit", "part", "score"))
+    assert value == pytest.approx(200 / 3)
+    assert metrics == {"single_rotation": pytest.approx(80), "x": pytest.approx(50), "y": pytest.approx(100)}
+
+
+def test_seedbench_keeps_images_and_videos_apart() -> None:
+    value, metrics = value_from_samples(
+        load_benchmark("seedbench"), table([("image", 1.0), ("image", 0.0), ("video", 1.0)], "part", "score")
+    )
+    assert value == pytest.approx(200 / 3)
+    assert metrics == {"image": 50.0, "video": 100.0}
+
+
+def test_mmvet_counts_a_question_for_each_capability_it_needs() -> None:
+    value, metrics = value_from_samples(
+        load_benchmark("mmvet"), table([("ocr,math", 1.0), ("ocr", 0.5), ("rec", 0.0)], "part", "score")
+    )
+    assert value == pytest.approx(50)
+    assert metrics == {"math": 100.0, "ocr": 75.0, "rec": 0.0}
+
+
+@pytest.mark.parametrize("name", ["gqa", "mme", "mmvet", "vqav2_test"])
+def test_one_missing_score_means_no_number(name: str) -> None:
+    samples = table([("a", "a", 1.0), ("a", "a", float("nan"))], "part", "unit", "score")
+    assert value_from_samples(load_benchmark(name), samples) == (None, {})
+
+
+def test_results_without_samples_are_refused() -> None:
+    with pytest.raises(UserError, match="pope: the results hold no samples of task pope_adv"):
+        score(load_benchmark("pope"), {"results": {}, "samples": {}})
