@@ -74,8 +74,14 @@ def _sample_flops(config: Any, sample: SampleTrace) -> Flops:
         prefill=prefill,
         decode=decode_flops(config, sample, sample.decode_steps),
         lm_head=2.0 * text.hidden_size * text.vocab_size * sample.head_positions,
-        overhead=sample.overhead_flops + sample.guide_flops,
+        overhead=sample.overhead_flops + _guide_flops(sample),
     )
+
+
+def _guide_flops(sample: SampleTrace) -> float:
+    if sample.guide is None:
+        return 0.0
+    return sum(_sample_flops(sample.guide.config, run).total for run in sample.guide.passes)
 
 
 def decode_flops(config: Any, sample: SampleTrace, steps: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from corematching.engine.layout import Layout
-from corematching.engine.trace import SampleTrace
+from corematching.engine.trace import GuideTrace, SampleTrace
 from corematching.engine.views import Ledger
 
 
@@ -43,7 +43,8 @@ class PromptState:
     projected_tokens: int = 0
     kv_row_bytes: int = 0
     """Bytes of one token's keys and values in one layer."""
-    guide_flops: float = 0.0
+    guide: Callable[[], list[GuideTrace]] | None = None
+    """Reads what a guide model did, one entry per prompt."""
 
     def enter(self, layout: Layout) -> None:
         """Note the sequence that enters the next layer; its KV rows follow from it."""
@@ -64,9 +65,12 @@ class PromptState:
         index = {id(layout): ids[i] for i, layout in enumerate(_unique(self.layouts))}
         neurons = {layer: chosen.cpu() for layer, chosen in self.neurons.items()}
         modes = {getattr(ffn, "mode", "sliced") for ffn in self.ffn.values()}
-        return [self._sample(row, rows, index, neurons, modes) for row in range(rows)]
+        guides = self.guide() if self.guide else []
+        return [self._sample(row, rows, index, neurons, modes, guides) for row in range(rows)]
 
-    def _sample(self, row: int, rows: int, ids: dict, neurons: dict, modes: set[str]) -> SampleTrace:
+    def _sample(
+        self, row: int, rows: int, ids: dict, neurons: dict, modes: set[str], guides: list[GuideTrace]
+    ) -> SampleTrace:
         entering: dict[int, Tensor] = {}
         for layout in _unique(self.layouts):
             own = ids[id(layout)][row]
@@ -92,7 +96,7 @@ class PromptState:
             decode_steps=self.decode_steps,
             overhead_flops=self.ledger.flops,
             zeroed_kv=self.zeroed_kv // rows,
-            guide_flops=self.guide_flops / rows,
+            guide=guides[row * len(guides) // rows] if guides else None,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -50,12 +51,14 @@ class SampleTrace:
     """What the method's own scoring cost (2 per multiply-add)."""
     zeroed_kv: int = 0
     """KV rows overwritten with zeros, all layers together (published-code variant; saves nothing)."""
-    guide_flops: float = 0.0
-    """What a guide model cost (2 per multiply-add)."""
+    guide: GuideTrace | None = None
+    """What a guide model did for this prompt."""
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens produced: one from prefill, one per decode step."""
+        """Tokens produced: one from prefill, one per decode step; the guide's if its answer was taken."""
+        if self.guide is not None and self.guide.answered:
+            return self.guide.passes[0].generated_tokens
         return self.decode_steps + 1
 
     @property
@@ -68,6 +71,18 @@ class SampleTrace:
         """FFN neurons per layer in decode, averaged over layers that chose; None if none did."""
         chosen = [len(layer) for layer in self.neurons if layer is not None]
         return sum(chosen) / len(chosen) if chosen else None
+
+
+@dataclass
+class GuideTrace:
+    """What a guide model did for one prompt of the model it guides."""
+
+    config: Any
+    """The guide's transformers config."""
+    passes: list[SampleTrace]
+    """Its answer, then the pass that re-scored the answer (with early exit)."""
+    answered: bool
+    """Whether its answer was taken, so that the guided model never ran."""
 
 
 @dataclass

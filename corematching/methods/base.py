@@ -384,9 +384,12 @@ class PredictNeurons:
 
 @dataclass(frozen=True)
 class Guide:
-    """Let a second, smaller model read the prompt first; the engine hands its aggregated attention to ``select``.
+    """Let a second, smaller model answer first; its attention ranks the visual tokens.
 
-    ``select`` gets the guide's scores [B, V] and answers for the input of ``layer``.
+    ``select`` gets the guide's scores [B, V] of the tokens that are there (attention summed over its layers, heads,
+    the positions after the image and the tokens it generated) at the input of ``layer``. With ``early_exit``, the
+    guide's answer is final for samples whose confidence reaches it: the product of the answer's token probabilities,
+    scored again by the guide after ``select`` pruned its own tokens before its layer 0.
     """
 
     model: str
