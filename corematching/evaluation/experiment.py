@@ -14,6 +14,7 @@ from corematching.errors import UserError
 from corematching.evaluation import machine, provenance
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.conversation import IMAGE_MODES, PROMPTS
+from corematching.evaluation.matching import MATCHED, Shape, matched_parameters
 from corematching.registry import method_defaults
 
 _ENTRY_KEYS = ("name", "label", "budgets", "with")
@@ -84,11 +85,29 @@ def method_rows(settings: Mapping[str, Any]) -> list[Row]:
     if not entries:
         raise UserError(f"methods is empty; name one or more of {', '.join(groups.choices('method'))}")
     overrides = settings["model"].get("method_overrides") or {}
-    return [row for entry in entries for row in _entry_rows(entry, budgets, overrides)]
+    shape = _matching_shape(settings)
+    return [row for entry in entries for row in _entry_rows(entry, budgets, overrides, shape)]
 
 
-def _entry_rows(entry: Any, budgets: list[Any], model_overrides: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """The rows of one entry of ``methods``."""
+def _matching_shape(settings: Mapping[str, Any]) -> Shape | None:
+    """What matching on the average needs to know of the model; None where ``keep`` is taken as it is."""
+    if settings.get("match", "keep") == "keep":
+        return None
+    if settings["match"] != "average":
+        raise groups.unknown("match", settings["match"], ("keep", "average"))
+    model = settings["model"]
+    if not (model.get("visual_tokens") and model.get("layers") and model.get("vision_layers")):
+        raise UserError(
+            f"match=average needs visual_tokens, layers and vision_layers of model {model['name']}: "
+            "add them to its configuration"
+        )
+    return Shape(model["visual_tokens"], model["num_layers"] or model["layers"], model["vision_layers"])
+
+
+def _entry_rows(
+    entry: Any, budgets: list[Any], model_overrides: Mapping[str, Mapping[str, Any]], shape: Shape | None = None
+) -> list[Row]:
+    """The rows of one entry of ``methods``; with a ``shape``, budgets are averages over its layers."""
     entry = {"name": entry} if isinstance(entry, str) else dict(entry)
     name = entry.get("name")
     valid = groups.choices("method")
@@ -108,6 +127,8 @@ def _entry_rows(entry: Any, budgets: list[Any], model_overrides: Mapping[str, Ma
         label = entry.get("label") or f"{name} + {second.label}"
     if "budgets" in entry:
         return [Row(name, label, keep, {**base, **_budget(entry, keep)}) for keep in budgets]
+    if shape and name in MATCHED and "keep" not in own:
+        return [Row(name, label, keep, {**base, **matched_parameters(name, base, keep, shape)}) for keep in budgets]
     if "keep" not in known or "keep" in own or not budgets:
         return [Row(name, label, base.get("keep"), base)]
     if "threshold" in known and "threshold" not in own:
