@@ -23,11 +23,9 @@ def elbow_curve(evidence: Evidence, layers: Sequence[int]) -> Figure:
             axes.plot(curve, color=COLOURS[0], linewidth=1.4)
             axes.plot(ends, curve[ends], color="#999999", linestyle="--", linewidth=1)
             axes.plot(kept, curve[min(kept, len(curve) - 1)], "o", color=COLOURS[1])
-            axes.annotate(
-                f"keeps {kept} of {len(curve)}", (0.97, 0.93), xycoords="axes fraction", ha="right", fontsize=8
-            )
+            axes.annotate(f"keeps {kept} of {len(curve)}", (0.05, 0.06), xycoords="axes fraction", fontsize=8)
             axes.set_title(f"layer {layer}", fontsize=9)
-            axes.set(xlabel="visual tokens, sorted", ylim=(0, None))
+            axes.set_xlabel("visual tokens, sorted")
         figure.axes[0].set_ylabel("core neurons activated")
     return figure
 
