@@ -19,6 +19,11 @@ _LAGGING = Mix(
     {"shape": 0.5, "digit": 0.7, "word": 0.7, "texture": 0.5, "exists": 2, "side": 2, "height": 2, "size": 2,
      "relation": 1.5},
 )  # fmt: skip
+_PLACES = Mix(
+    {"gqa": 6, "mmvet": 1, "mme": 1.5, "scienceqa": 1, "seedbench": 0.7},
+    {"side": 8, "height": 8, "relation": 6, "place": 4},
+)
+_RELATIONS = Mix({"gqa": 6, "mme": 2, "seedbench": 1, "scienceqa": 0.5}, {"relation": 20, "side": 2, "height": 2})
 _ALL = Mix(
     {"gqa": 3, "vqav2": 1.5, "mme": 2, "seedbench": 1.5, "mmbench": 1, "scienceqa": 1.5, "mmvet": 1, "textvqa": 0.7,
      "vizwiz": 1, "pope": 1},
@@ -30,6 +35,7 @@ def vision_stages(codes: CodeBook) -> list[VisionStage]:
     return [
         VisionStage("quarter", 4000, 8, 12, codes),
         VisionStage("whole", 400, 3, 24, codes, muon_rate=0.004, adam_rate=4e-4),
+        VisionStage("digits", 1500, 8, 12, codes, muon_rate=0.004, adam_rate=4e-4, digits=0.7),
     ]
 
 
@@ -37,7 +43,9 @@ def shallow_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
     """Few oracle tokens at half the depth: the look-ups form here."""
     return [
         LanguageStage("few", 400, 8, _OPEN_FIRST, codes, packer, visual=32, rate_peak=2e-3, decay_share=0.2),
-        LanguageStage("lagging", 600, 8, _LAGGING, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
+        LanguageStage("lagging", 453, 8, _LAGGING, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.0),
+        LanguageStage("places", 300, 8, _PLACES, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
+        LanguageStage("relations", 300, 8, _RELATIONS, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corematching.benchmarks.mini.scenes import COLOURS, GRID, Scene, place_objects, render_array
+from corematching.benchmarks.mini.scenes import COLOURS, DIGIT_SHARE, GRID, Scene, place_objects, render_array
 from corematching.training.codes import ATTRIBUTES, CodeBook, PatchLabels
 from corematching.training.loop import Schedule
 
@@ -37,13 +37,13 @@ class VisionBatch:
         return VisionBatch(*(part.to(device) for part in (self.pixels, self.labels, self.rows, self.cols)))
 
 
-def vision_batch(seed: str, size: int, grid: int) -> VisionBatch:
-    """Crowded pictures: colours may repeat, and an area of 12 x 12 patches holds up to ten objects."""
+def vision_batch(seed: str, size: int, grid: int, digits: float = DIGIT_SHARE) -> VisionBatch:
+    """Crowded pictures: colours may repeat; 12 x 12 patches hold up to ten objects, a share of them digits."""
     rng = random.Random(seed)
     scenes, rows, cols = [], [], []
     for _ in range(size):
         crowd = rng.randint(4, 10) * (grid // 12) ** 2 if grid < GRID else rng.randint(6, 12)
-        objects = place_objects(rng, rng.choices(tuple(COLOURS), k=min(crowd, 12)), grid)
+        objects = place_objects(rng, rng.choices(tuple(COLOURS), k=min(crowd, 12)), grid, digits)
         scenes.append(Scene(rng.getrandbits(48), "train", objects, (rng.randint(95, 175), rng.randint(95, 175))))
         top, left = rng.randint(0, GRID - grid), rng.randint(0, GRID - grid)
         y, x = np.mgrid[top : top + grid, left : left + grid]
@@ -114,6 +114,8 @@ class VisionStage:
     name, steps, batch, grid : str, int, int, int
     muon_rate, adam_rate : float
         Peak learning rates of matrices and of the rest.
+    digits : float
+        Share of objects that are handwritten digits, the hardest to tell apart.
     """
 
     name: str
@@ -123,9 +125,10 @@ class VisionStage:
     codes: CodeBook
     muon_rate: float = 0.01
     adam_rate: float = 1e-3
+    digits: float = DIGIT_SHARE
 
     def start(self, model) -> list[torch.optim.Optimizer]:
-        """Muon for matrices (three times the progress per second of AdamW here), AdamW for the rest."""
+        """Muon for matrices, AdamW for the rest."""
         matrices, rest = vision_parameters(model)
         return [
             torch.optim.Muon(matrices, lr=self.muon_rate, weight_decay=0.0),
@@ -138,6 +141,6 @@ class VisionStage:
 
     def loss(self, model, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss and shares of rightly read patches on the step's pictures."""
-        batch = vision_batch(f"{self.name}:{step}", self.batch, self.grid).to(model.device)
+        batch = vision_batch(f"{self.name}:{step}", self.batch, self.grid, self.digits).to(model.device)
         features = visual_features(model, batch.pixels, batch.rows, batch.cols)
         return vision_loss(features, batch, self.codes)

@@ -36,7 +36,8 @@ DIGITS = tuple("0123456789")
 WORDS = ("cat", "dog", "sun", "car", "tree", "fish", "bird", "book", "star", "moon", "cake", "ship")
 SPLITS = ("train", "test")
 
-_SHARE_SHAPES, _SHARE_DIGITS = 0.52, 0.26  # the rest are words
+DIGIT_SHARE = 0.26  # of the objects; seven in ten of the others are shapes, the rest words
+_SHAPES_OF_REST = 0.52 / 0.74
 _HELD_OUT_DIGITS = 5  # every fifth handwritten digit belongs to the test split
 
 
@@ -130,13 +131,15 @@ def make_scene(seed: int, split: str) -> Scene:
     return Scene(seed, split, objects, (rng.randint(95, 175), rng.randint(95, 175)))
 
 
-def place_objects(rng: random.Random, colours: list[str], grid: int) -> tuple[SceneObject, ...]:
+def place_objects(
+    rng: random.Random, colours: list[str], grid: int, digits: float = DIGIT_SHARE
+) -> tuple[SceneObject, ...]:
     """One object for each colour, as far as they fit on a square of `grid` patches; words do not repeat."""
     words = rng.sample(WORDS, len(colours))
     taken = [[False] * grid for _ in range(grid)]
     objects = []
     for colour, word in zip(colours, words):
-        category, kind, width, height, texture = _draw_kind(rng, word)
+        category, kind, width, height, texture = _draw_kind(rng, word, digits)
         spot = _free_spot(rng, taken, width, height)
         if spot is None:
             continue
@@ -148,13 +151,14 @@ def place_objects(rng: random.Random, colours: list[str], grid: int) -> tuple[Sc
     return tuple(objects)
 
 
-def _draw_kind(rng: random.Random, word: str) -> tuple[str, str, int, int, str]:
+def _draw_kind(rng: random.Random, word: str, digits: float) -> tuple[str, str, int, int, str]:
     """Category, kind, width, height (patches) and texture of a new object."""
     share = rng.random()
     side = rng.choice((2, 3))
-    if share < _SHARE_SHAPES:
+    shapes = _SHAPES_OF_REST * (1 - digits)
+    if share < shapes:
         return "shape", rng.choice(SHAPES), side, side, rng.choice(TEXTURES)
-    if share < _SHARE_SHAPES + _SHARE_DIGITS:
+    if share < shapes + digits:
         return "digit", rng.choice(DIGITS), side, side, "plain"
     return "word", word, 4, 2, "plain"
 
