@@ -39,7 +39,7 @@ def neuron_major(mlp: Any) -> Callable[[], None]:
     A function that restores the original storage order, and with it bit-identical results.
     """
     down = mlp.down_proj.weight
-    if down.data.t().is_contiguous() or _cheap_to_gather(mlp):
+    if is_streamed(mlp) or down.data.t().is_contiguous() or _cheap_to_gather(mlp):
         return lambda: None
     with torch.inference_mode(False), torch.no_grad():
         down.data = down.data.t().contiguous().t()
@@ -82,21 +82,28 @@ class SlicedFFN:
         Where to gather them; own room if None. Another FFN may take the room over, then they are gathered again.
     gather_after
         Steps to compute densely (same numbers, unchosen activations zeroed) before gathering.
+    copied
+        Gather now: the whole weights are within reach for this moment only.
     """
 
     mode = "sliced"
 
-    def __init__(self, mlp: Any, index: Tensor, rows: Rows | None = None, gather_after: int = 0) -> None:
+    def __init__(
+        self, mlp: Any, index: Tensor, rows: Rows | None = None, gather_after: int = 0, copied: bool = False
+    ) -> None:
         self.mlp = mlp
         self.index = index
         self.rows = rows
         self.gather_after = gather_after
+        self.copied = copied
         self.masked_steps = 0
         self._masked = MaskedFFN(mlp, index[None]) if gather_after else None
         self._biases = tuple(
             None if linear.bias is None else linear.bias.index_select(0, index)
             for linear in (mlp.gate_proj, mlp.up_proj)
         )
+        if copied:
+            self._gather()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, q, d] -> [B, q, d]."""
@@ -105,7 +112,7 @@ class SlicedFFN:
                 self.masked_steps += x.shape[1]
                 return self._masked(x)
             self._masked = None
-        if kernels.usable(self.mlp, x):
+        if not self.copied and kernels.usable(self.mlp, x):
             return kernels.gather_ffn(self.mlp, self.index, x)
         rows = self._gathered()
         gate, up = functional.linear(x, rows.gate_up).chunk(2, dim=-1)
@@ -116,16 +123,22 @@ class SlicedFFN:
         return out if self.mlp.down_proj.bias is None else out + self.mlp.down_proj.bias
 
     def _gathered(self) -> Rows:
+        if self.rows is None or self.rows.owner is not self:
+            if self.copied:
+                raise RuntimeError("another prompt took over the copied neurons: finish one answer before the next")
+            self._gather()
+        assert self.rows is not None
+        return self.rows
+
+    def _gather(self) -> None:
         if self.rows is None:
             self.rows = Rows.like(self.mlp, len(self.index))
         rows, count = self.rows, len(self.index)
-        if rows.owner is not self:
-            with torch.no_grad():
-                torch.index_select(self.mlp.gate_proj.weight, 0, self.index, out=rows.gate_up[:count])
-                torch.index_select(self.mlp.up_proj.weight, 0, self.index, out=rows.gate_up[count:])
-                torch.index_select(self.mlp.down_proj.weight.t(), 0, self.index, out=rows.down)
-            rows.owner = self
-        return rows
+        with torch.no_grad():
+            torch.index_select(self.mlp.gate_proj.weight, 0, self.index, out=rows.gate_up[:count])
+            torch.index_select(self.mlp.up_proj.weight, 0, self.index, out=rows.gate_up[count:])
+            torch.index_select(self.mlp.down_proj.weight.t(), 0, self.index, out=rows.down)
+        rows.owner = self
 
 
 class MaskedFFN:
@@ -165,6 +178,8 @@ class FFNBuilder:
         """The FFN of one prompt for neuron sets [B, k]; sliced when every row (one sample, or its beams) agrees."""
         if not _rows_agree(index):
             return MaskedFFN(mlp, index)
+        if is_streamed(mlp):
+            return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]), copied=True)
         patience = self._patience(mlp) if self.gather_after is None else self.gather_after
         return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]), patience)
 
@@ -172,7 +187,11 @@ class FFNBuilder:
         """The FFN of one single step, for methods that choose anew for every token."""
         weight = mlp.gate_proj.weight
         gathers = not kernels.available(weight.device) and self._patience(mlp) > 0
-        if not _rows_agree(index) or (gathers and index.shape[1] > GATHER_ONCE_SHARE * weight.shape[0]):
+        if (
+            is_streamed(mlp)
+            or not _rows_agree(index)
+            or (gathers and index.shape[1] > GATHER_ONCE_SHARE * weight.shape[0])
+        ):
             return MaskedFFN(mlp, index)
         return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]))
 
@@ -180,12 +199,17 @@ class FFNBuilder:
         return 0 if _cheap_to_gather(mlp) or mlp.gate_proj.weight.device.type != "cpu" else GATHER_AFTER
 
     def _room(self, mlp: Any, count: int) -> Rows | None:
-        if kernels.available(mlp.gate_proj.weight.device):
+        if kernels.available(mlp.gate_proj.weight.device) and not is_streamed(mlp):
             return None
         rows = self._rows.get(id(mlp))
         if rows is None or len(rows.down) != count:
             rows = self._rows[id(mlp)] = Rows.like(mlp, count)
         return rows
+
+
+def is_streamed(mlp: Any) -> bool:
+    """Whether an FFN's weights are on the device only while they are used (:mod:`corematching.engine.offload`)."""
+    return getattr(mlp, "streamed", False)
 
 
 def _rows_agree(index: Tensor) -> bool:

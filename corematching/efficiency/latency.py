@@ -1,0 +1,197 @@
+"""Timing: warm-up discarded, synchronised on both sides, fixed output length, dense and method taken in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corematching.efficiency.memory import peak_memory
+from corematching.engine.compiled import decoder_of, prefill
+from corematching.engine.trace import SampleTrace
+from corematching.methods.base import Geometry, Method, Stage
+from corematching.models.families import family_of
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and distance between the quartiles of repeated measurements."""
+
+    median: float
+    iqr: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < 2:
+            return cls(values[0], 0.0)
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return cls(median(values), high - low)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer, timed. Seconds."""
+
+    prefill: float
+    """Vision tower to first token."""
+    end_to_end: dict[int, float]
+    """By output length: prefill and the decode steps up to it."""
+    trace: SampleTrace
+    peak_bytes: int
+    """Highest memory use during the run: allocated on a GPU, resident set of the process on a CPU."""
+
+    def decode_per_token(self, tokens: int) -> float | None:
+        """Mean seconds per decode step of the first ``tokens`` tokens; None for one token, which needs no step."""
+        return None if tokens < 2 else (self.end_to_end[tokens] - self.prefill) / (tokens - 1)
+
+
+def fixed_inputs(model: Any, before: int = 35, after: int = 40, images: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    """A prompt of random text around random images: what a question costs depends on lengths only.
+
+    Parameters
+    ----------
+    before, after
+        Text tokens in front of and behind the visual tokens (LLaVA-1.5's conversation prefix has 35).
+    """
+    config, family = model.config, family_of(model.config)
+    image_token = family.image_token_id(config)
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = torch.tensor([i for i in range(3, min(config.text_config.vocab_size, 4096)) if i != image_token])
+    text = vocabulary[torch.randint(len(vocabulary), (before + after,), generator=generator)]
+    visual = torch.full((family.geometry(config).image_tokens * images,), image_token)
+    ids = torch.cat([text[:before], visual, text[before:]])[None].to(model.device)
+    side = config.vision_config.image_size
+    pixels = torch.randn(images, 3, side, side, generator=generator).to(model.device, model.dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device to finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device is idle."""
+    synchronise(device)
+    return time.perf_counter()
+
+
+def timed_answer(
+    model: Any, method: Method, inputs: dict[str, Tensor], output_tokens: Sequence[int], engine: str
+) -> Run:
+    """Answer once with a forced length and note the time at each of ``output_tokens``."""
+    with method(model) as trace, torch.inference_mode():
+        return _answer(model, trace, inputs, sorted(output_tokens), engine)
+
+
+def _answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int], engine: str) -> Run:
+    device = model.device
+    steps = lengths[-1] - 1
+    with peak_memory(device) as peak:
+        start = clock(device)
+        cache, token = prefill(model, inputs)
+        first = clock(device) - start
+        reached = {1: first}
+        decoder = decoder_of(model, inputs, cache, token, steps, engine) if steps else None
+        if engine == "compiled":
+            del cache  # its rows were copied
+        for step in range(1, steps + 1):
+            assert decoder is not None
+            decoder.step()
+            if step + 1 in lengths:
+                reached[step + 1] = clock(device) - start
+    (sample,) = trace.drain()
+    return Run(first, {length: reached[length] for length in lengths}, sample, peak.bytes)
+
+
+@dataclass
+class Pair:
+    """Runs of the dense model and of a method, taken in turns; entry i of both lists belongs together."""
+
+    dense: list[Run] = field(default_factory=list)
+    method: list[Run] = field(default_factory=list)
+
+    def speedup(self, tokens: int) -> Spread:
+        """Dense time over the method's, pair by pair, so that drift of the machine cancels."""
+        both = zip(self.dense, self.method, strict=True)
+        return Spread.of([dense.end_to_end[tokens] / ours.end_to_end[tokens] for dense, ours in both])
+
+    def prefill_speedup(self) -> Spread:
+        return Spread.of([dense.prefill / ours.prefill for dense, ours in zip(self.dense, self.method, strict=True)])
+
+    def decode_speedup(self, tokens: int) -> Spread:
+        both = zip(self.dense, self.method, strict=True)
+        return Spread.of([dense.decode_per_token(tokens) / ours.decode_per_token(tokens) for dense, ours in both])  # type: ignore[operator]
+
+
+def in_turns(
+    model: Any,
+    dense: Method,
+    method: Method,
+    inputs: dict[str, Tensor],
+    output_tokens: Sequence[int],
+    repeats: int,
+    engine: str,
+    warm_ups: int = 1,
+) -> Pair:
+    """Time a method against dense: one of each per repeat, who goes first alternating.
+
+    Warm-up answers are discarded. On a GPU every turn has its own, because installing a method anew means capturing its
+    decode step anew; on a CPU the first turn of each warms up.
+    """
+    pair = Pair()
+    lengths = sorted(output_tokens)
+    for repeat in range(repeats):
+        order = [(dense, pair.dense), (method, pair.method)]
+        for subject, runs in order if repeat % 2 == 0 else order[::-1]:
+            with subject(model) as trace, torch.inference_mode():
+                for _ in range(warm_ups if repeat == 0 or model.device.type == "cuda" else 0):
+                    _answer(model, trace, inputs, lengths, engine)
+                runs.append(_answer(model, trace, inputs, lengths, engine))
+    return pair
+
+
+@dataclass(frozen=True)
+class _Stopwatch(Method):
+    """A method whose decisions are timed; everything else is as it was."""
+
+    method: Method
+    device: torch.device
+    seconds: list[float] = field(default_factory=list)
+
+    def stages(self, geometry: Geometry) -> list[Stage]:
+        return [self._timed(stage) for stage in self.method.stages(geometry)]
+
+    def _timed(self, stage: Any) -> Any:
+        name = next(name for name in ("select", "merge", "predict") if hasattr(stage, name))
+        decide = getattr(stage, name)
+
+        def timed(*arguments: Any) -> Any:
+            start = clock(self.device)
+            decision = decide(*arguments)
+            self.seconds.append(clock(self.device) - start)
+            return decision
+
+        return replace(stage, **{name: timed})
+
+
+def decision_seconds(model: Any, method: Method, inputs: dict[str, Tensor], repeats: int = 3) -> list[list[float]]:
+    """Seconds of every decision a method takes during one prefill, per repeat; a warm-up is discarded.
+
+    This is the method's overhead: signals it asks for, scores, selection. Signals that the model computes anyway
+    (hidden states, FFN activations, keys) cost nothing extra and are not in it.
+    """
+    watch = _Stopwatch(method, model.device)
+    collected = []
+    with watch(model), torch.inference_mode():
+        for _ in range(repeats + 1):
+            watch.seconds.clear()
+            prefill(model, inputs)
+            collected.append(list(watch.seconds))
+    return collected[1:]

@@ -1,0 +1,55 @@
+"""What this machine can do at best: measured copy and read bandwidth and matrix product rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from corematching.efficiency.latency import clock
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Best of several tries, at the dtype that is going to be benched."""
+
+    copy_bandwidth: float
+    """Bytes per second of a large copy, read and written bytes together."""
+    read_bandwidth: float
+    """Bytes per second of a matrix-vector product, which reads only, as decode does."""
+    flops: float
+    """FLOP/s of a large matrix product."""
+
+    @property
+    def bandwidth(self) -> float:
+        """The better of the two: what decode is held against."""
+        return max(self.copy_bandwidth, self.read_bandwidth)
+
+
+def measure_peaks(device: torch.device, dtype: torch.dtype, tries: int = 7) -> Peaks:
+    """Measure the machine. Takes about a second on a GPU, a few on a small CPU."""
+    on_gpu = device.type == "cuda"
+    width = 8192 if on_gpu else 4096
+    rows = 32768 if on_gpu else 16384
+    with torch.inference_mode():
+        large = torch.ones(rows, width, device=device, dtype=dtype)
+        target = torch.empty_like(large)
+        vector = torch.ones(width, device=device, dtype=dtype)
+        moved = large.numel() * large.element_size()
+        copy = _best(lambda: target.copy_(large), device, tries)
+        read = _best(lambda: torch.mv(large, vector), device, tries)
+        left = torch.ones(width if on_gpu else 1024, width, device=device, dtype=dtype)
+        square = large[:width]
+        product = _best(lambda: left @ square, device, tries)
+    return Peaks(2 * moved / copy, moved / read, 2 * left.shape[0] * width * width / product)
+
+
+def _best(work, device: torch.device, tries: int) -> float:
+    """Shortest time of ``work`` in seconds, after a warm-up."""
+    work()
+    times = []
+    for _ in range(tries):
+        start = clock(device)
+        work()
+        times.append(clock(device) - start)
+    return min(times)

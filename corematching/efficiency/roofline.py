@@ -1,0 +1,152 @@
+"""The roofline model: how long a trace would take on hardware that is not at hand. Always labelled *predicted*.
+
+Every part takes the longer of its arithmetic at peak rate and its memory traffic at peak bandwidth; weights that do not
+fit into device memory come over the host link instead, overlapped with the rest. Real programs are slower: the ratio
+prediction / measurement on the machine at hand says by how much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from corematching.efficiency.flops import decode_flops, flops
+from corematching.engine.offload import resident_layers
+from corematching.engine.trace import SampleTrace
+from corematching.errors import UserError
+from corematching.models.families import family_of
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Public (or measured) peaks of a device."""
+
+    name: str
+    flops: dict[str, float]
+    """Dense FLOP/s by dtype."""
+    bandwidth: float
+    """Device memory, bytes per second."""
+    memory: float
+    """Device memory, bytes."""
+    link: float
+    """Host to device, bytes per second in one direction."""
+    measured: bool = False
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s at a dtype.
+
+        Raises
+        ------
+        UserError
+            If the profile has no figure for it.
+        """
+        if dtype not in self.flops:
+            raise UserError(f"dtype={dtype!r} has no peak on {self.name}: choose from {', '.join(sorted(self.flops))}")
+        return self.flops[dtype]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model's parts, in numbers of weights."""
+
+    vision: float
+    projector: float
+    attention: float
+    """One decoder layer's four projections."""
+    neuron: float
+    """One FFN neuron: a gate row, an up row, a down column."""
+    ffn_width: int
+    depth: int
+    head: float
+    embedding: float
+
+    @classmethod
+    def of(cls, config: Any) -> Sizes:
+        """From the transformers config; norms and biases, a few parts in ten thousand, are left out."""
+        text, vision = config.text_config, config.vision_config
+        d, v = text.hidden_size, vision.hidden_size
+        head_dim = getattr(text, "head_dim", None) or d // text.num_attention_heads
+        grid = family_of(config).grid(config)
+        embeddings = 3 * vision.patch_size**2 * v + (grid[0] * grid[1] + 1) * v
+        return cls(
+            vision=embeddings + vision.num_hidden_layers * (4 * v * v + 2 * v * vision.intermediate_size),
+            projector=v * d + d * d,
+            attention=2 * d * head_dim * (text.num_attention_heads + text.num_key_value_heads),
+            neuron=3 * d,
+            ffn_width=text.intermediate_size,
+            depth=text.num_hidden_layers,
+            head=text.vocab_size * d,
+            embedding=text.vocab_size * d,
+        )
+
+    @property
+    def layer(self) -> float:
+        return self.attention + self.neuron * self.ffn_width
+
+    @property
+    def total(self) -> float:
+        return self.vision + self.projector + self.depth * self.layer + self.head + self.embedding
+
+
+def decode_bytes(config: Any, sample: SampleTrace, element: int, steps: int) -> float:
+    """Bytes one decode step must read, on average over ``steps``: weights, KV rows, lm_head.
+
+    Parameters
+    ----------
+    element
+        Bytes per weight.
+    """
+    sizes = Sizes.of(config)
+    weights = sizes.head + config.text_config.hidden_size
+    for neurons in sample.neurons:
+        whole = neurons is None or sample.ffn_mode == "masked"
+        weights += sizes.attention + sizes.neuron * (sizes.ffn_width if whole else len(neurons))  # type: ignore[arg-type]
+    row = sample.dense_kv_bytes / (sample.prompt_tokens * len(sample.llm_tokens))
+    return weights * element + sample.kv_bytes + row * len(sample.llm_tokens) * (steps + 1) / 2
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds and bytes. ``regime`` is "resident", or "offloaded" where FFN weights are streamed from the host."""
+
+    prefill: float
+    decode_per_token: float
+    regime: str
+    resident_bytes: float
+    streamed_per_token: float
+
+    def end_to_end(self, output_tokens: int) -> float:
+        return self.prefill + (output_tokens - 1) * self.decode_per_token
+
+
+def predict(config: Any, sample: SampleTrace, hardware: Hardware, dtype: str, output_tokens: int = 128) -> Prediction:
+    """What a trace would take on a device, at its peaks.
+
+    Where the weights do not fit, as many whole FFNs as do stay on the device and the others are streamed: in prefill by
+    everyone, in decode by all but methods that keep chosen neurons (see :mod:`corematching.engine.offload`).
+    """
+    element = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    sizes, rate = Sizes.of(config), hardware.rate(dtype)
+    steps = max(output_tokens - 1, 1)
+    chosen = [None if sample.ffn_mode == "masked" else neurons for neurons in sample.neurons]
+    kept = min((len(neurons) for neurons in chosen if neurons is not None), default=sizes.ffn_width)
+    sliced = all(neurons is not None for neurons in chosen)
+    ffn = sizes.neuron * sizes.ffn_width * element
+    others = (sizes.total - sizes.depth * sizes.neuron * sizes.ffn_width) * element + sample.dense_kv_bytes
+    whole = resident_layers(hardware.memory - others, ffn, sizes.depth, kept / sizes.ffn_width if sliced else 0.0)
+    missing = sizes.depth - whole
+    cost = flops(config, sample)
+    read = decode_bytes(config, sample, element, steps)
+    prefill = max(
+        (cost.vision + cost.projector) / rate, (sizes.vision + sizes.projector) * element / hardware.bandwidth
+    )
+    prefill += sample.overhead_flops / rate
+    prefill += max(
+        cost.prefill / rate, sizes.depth * sizes.layer * element / hardware.bandwidth, missing * ffn / hardware.link
+    )
+    prefill += sizes.head * element / hardware.bandwidth
+    arithmetic = decode_flops(config, sample, steps) / steps + 2 * sizes.head
+    streamed = 0.0 if sliced else missing * ffn
+    step = max(arithmetic / rate, read / hardware.bandwidth, streamed / hardware.link)
+    held = others + whole * ffn + (missing * ffn * kept / sizes.ffn_width if sliced else 0.0)
+    return Prediction(prefill, step, "offloaded" if missing else "resident", held, streamed)
