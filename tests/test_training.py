@@ -47,7 +47,9 @@ def vision_stage(codes):
 
 def language_stage(codes, packer):
     mix = Mix({"gqa": 1, "seedbench": 1})
-    return LanguageStage("few", 4, 2, mix, codes, packer, questions=2, visual=16, hide_early=0.5, gate_weight=0.1)
+    return LanguageStage(
+        "few", 4, 2, mix, codes, packer, questions=2, visual=16, hide_early=0.5, early_layers=1, gate_weight=0.1
+    )
 
 
 def test_answers_are_single_tokens_and_decode_exactly(tokenizer):
@@ -118,7 +120,7 @@ def test_packed_questions_answer_like_single_prompts(model, tokenizer, packer):
     whole = torch.arange(GRID * GRID)[None]
     batch = packer.pack([scene], whole, [drawn], random.Random(1))
     visual = visual_features(model, pixels(_pictures(6)[5:]))
-    _, last = run_layers(model, batch, visual, 1, hide_early=False)
+    _, last = run_layers(model, batch, visual, 1, hidden_layers=0)
     packed = model.lm_head(model.model.language_model.norm(last))[0]
     processor = build_processor(tokenizer)
     at = 0
@@ -137,10 +139,10 @@ def test_packed_questions_answer_like_single_prompts(model, tokenizer, packer):
 def test_hiding_early_keeps_the_image_from_the_first_layers_only(model, codes, packer):
     stage = language_stage(codes, packer)
     batch, visual = stage.packed(model, random.Random(0))
-    shown, _ = run_layers(model, batch, visual, 1, hide_early=True)
-    other, _ = run_layers(model, batch, visual + 1, 1, hide_early=True)
+    shown, _ = run_layers(model, batch, visual, 1, hidden_layers=1)
+    other, _ = run_layers(model, batch, visual + 1, 1, hidden_layers=1)
     assert torch.equal(shown, other)
-    assert not torch.equal(shown, run_layers(model, batch, visual, 1, hide_early=False)[0])
+    assert not torch.equal(shown, run_layers(model, batch, visual, 1, hidden_layers=0)[0])
 
 
 @pytest.mark.parametrize("kind", ["vision", "language"])

@@ -91,7 +91,7 @@ def evaluate(
                 continue
             visual, chosen = _visual(model, codes, scene, condition, index)
             batch = packer.pack([scene], chosen, [[(benchmark, question) for question in questions]], rng)
-            _, last = run_layers(model, batch, visual, 1, hide_early=False)
+            _, last = run_layers(model, batch, visual, 1, hidden_layers=0)
             guesses = model.lm_head(model.model.language_model.norm(last)).argmax(-1)[0]
             for question, right in zip(questions, _right(guesses, batch.targets[0])):
                 tallies[benchmark, question.family] += Tally(int(right), 1)

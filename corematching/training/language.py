@@ -26,7 +26,6 @@ from corematching.training.vocabulary import SYSTEM
 
 IGNORED = -100
 ECHO = "echo"  # a practice format of the training alone
-EARLY_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,10 @@ def choose_patches(labels: PatchLabels, count: int | None, generator: torch.Gene
     return rank.topk(count, dim=1).indices.sort(dim=1).values
 
 
-def run_layers(model, batch: PackedBatch, visual: Tensor, middle: int, hide_early: bool) -> tuple[Tensor, Tensor]:
+def run_layers(model, batch: PackedBatch, visual: Tensor, middle: int, hidden_layers: int) -> tuple[Tensor, Tensor]:
     """Hidden states of the text blocks at the middle layer and at the end, each (n, text, width).
 
-    With `hide_early` the first layers' text does not see the image, which moves the look-up to later layers, where
+    In the first `hidden_layers` layers the text does not see the image, which moves the look-up to later layers, where
     methods that prune inside the model can act before it.
     """
     language = model.model.language_model
@@ -181,12 +180,12 @@ def run_layers(model, batch: PackedBatch, visual: Tensor, middle: int, hide_earl
     hidden = torch.cat([embed(batch.prefix).expand(n, -1, -1), visual, embed(batch.text)], dim=1)
     rotary = language.rotary_emb(hidden, position_ids=batch.positions)
     early = batch.mask
-    if hide_early:
+    if hidden_layers:
         early = batch.mask.clone()
         early[:, :, start:, front:start] = False
     at_middle = hidden
     for number, layer in enumerate(language.layers):
-        mask = early if number < EARLY_LAYERS else batch.mask
+        mask = early if number < hidden_layers else batch.mask
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=batch.positions)
         if number + 1 == middle:
             at_middle = hidden
@@ -232,7 +231,8 @@ class LanguageStage:
         Read the sums of codes themselves instead of what the tower emits.
     rate_peak, decay_share : float
     hide_early : float
-        Share of the steps in which the first layers' text does not see the image.
+        Share of the steps in which text does not see the image in the first `early_layers` layers.
+    early_layers : int
     gate_weight, middle_weight : float
         Weights of the gate penalty and of the middle layer's answer.
     """
@@ -249,6 +249,7 @@ class LanguageStage:
     rate_peak: float = 2e-3
     decay_share: float = 0.3
     hide_early: float = 0.0
+    early_layers: int = 3
     gate_weight: float = 0.0
     middle_weight: float = 0.5
 
@@ -268,7 +269,8 @@ class LanguageStage:
         middle = math.ceil(len(model.model.language_model.layers) * 0.6)
         text = batch.text.shape[1]
         with GatePenalty(model, text) as gates:
-            at_middle, last = run_layers(model, batch, visual, middle, rng.random() < self.hide_early)
+            hidden = self.early_layers if rng.random() < self.hide_early else 0
+            at_middle, last = run_layers(model, batch, visual, middle, hidden)
         norm = model.model.language_model.norm
         logits = model.lm_head(norm(last[batch.targets != IGNORED]))
         targets = batch.targets[batch.targets != IGNORED]

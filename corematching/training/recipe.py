@@ -7,6 +7,8 @@ from corematching.training.language import LanguageStage, Mix, Packer
 from corematching.training.vision import VisionStage
 
 SHALLOW_LAYERS = 6  # the language model learns the task at this depth and is then deepened
+# Look-ups move past the first layers and few neurons fire on text: methods inside the model have something to find.
+LATE = {"hide_early": 0.75, "gate_weight": 0.3}
 
 _OPEN_FIRST = Mix(
     {"gqa": 3, "vqav2": 1, "mme": 1.5, "seedbench": 2, "mmbench": 1, "scienceqa": 1, "mmvet": 0.4, "textvqa": 0.2,
@@ -40,22 +42,24 @@ def vision_stages(codes: CodeBook) -> list[VisionStage]:
 
 
 def shallow_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
-    """Few oracle tokens at half the depth: the look-ups form here."""
+    """Few oracle tokens at half the depth: the look-ups form here, then move past the first layers."""
     return [
         LanguageStage("few", 400, 8, _OPEN_FIRST, codes, packer, visual=32, rate_peak=2e-3, decay_share=0.2),
         LanguageStage("lagging", 453, 8, _LAGGING, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.0),
         LanguageStage("places", 300, 8, _PLACES, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
         LanguageStage("relations", 300, 8, _RELATIONS, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
+        LanguageStage(
+            "late", 250, 8, _ALL, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, early_layers=2, **LATE
+        ),
     ]
 
 
 def deep_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
-    """Full depth: look-ups move past the first layers, then real images with all 576 tokens."""
-    late = {"hide_early": 0.75, "gate_weight": 0.3}
+    """Full depth: a short while on oracle tokens, then real images with all 576 tokens."""
     return [
-        LanguageStage("deep", 300, 8, _ALL, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, **late),
+        LanguageStage("deep", 60, 8, _ALL, codes, packer, visual=40, rate_peak=6e-4, decay_share=0.2, **LATE),
         LanguageStage(
             "images", 250, 4, _ALL, codes, packer, questions=16, visual=None, oracle=False, rate_peak=6e-4,
-            decay_share=0.8, **late,
+            decay_share=0.8, **LATE,
         ),
     ]  # fmt: skip
