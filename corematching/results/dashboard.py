@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from corematching.benchmarks.spec import load_benchmark
 from corematching.results.accuracy import benchmark_order, contexts
 from corematching.results.aggregate import Aggregation
-from corematching.results.figures import all_figures, pareto_points
+from corematching.results.figures import all_figures, pareto_points, png
 from corematching.results.tables import budget
 
 #: Name of the logged table behind the Pareto panel, and its columns.
@@ -36,7 +38,7 @@ def media(aggregation: Aggregation) -> dict[str, Any]:
     for suffix, group in contexts(aggregation.cells) if len(aggregation.cells) else []:
         made[PARETO + suffix] = wandb.Table(dataframe=pareto_frame(group, aggregation.efficiency))
         for name, figure in all_figures(group, aggregation.efficiency).items():
-            made[f"figures/{name}{suffix}"] = wandb.Image(figure)
+            made[f"figures/{name}{suffix}"] = wandb.Image(Image.open(BytesIO(png(figure))))
     made["samples"] = wandb.Table(dataframe=sample_frame(aggregation))
     return made
 

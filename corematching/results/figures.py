@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
@@ -74,6 +75,14 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
         figure.savefig(paths[1], metadata={"Software": None})
     return paths
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG, for pages and trackers."""
+    buffer = BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def pareto_points(cells: pd.DataFrame, efficiency: pd.DataFrame | None = None) -> pd.DataFrame:

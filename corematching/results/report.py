@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Sequence
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import pandas as pd
 from corematching.results import overlays
 from corematching.results.accuracy import benchmark_order, contexts, methods_of, title
 from corematching.results.aggregate import Aggregation
-from corematching.results.figures import all_figures, pareto_points, styles
+from corematching.results.figures import all_figures, pareto_points, png, styles
 from corematching.results.render import to_html
 from corematching.results.tables import FLOPS_UNITS, MINI_BANNER, budget, unit_scale
 
@@ -167,9 +166,7 @@ def _figures(suffix: str, cells: pd.DataFrame, efficiency: pd.DataFrame) -> list
     for name, figure in all_figures(cells, efficiency).items():
         if name.startswith("pareto"):
             continue  # the page has an interactive one
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-        made.append((name.replace("_", " ") + suffix.replace("_", " "), data_address(buffer.getvalue())))
+        made.append((f"{name}{suffix}".replace("_", " "), data_address(png(figure))))
     return made
 
 

@@ -1,0 +1,117 @@
+"""Regenerate ``results/examples/``: tables and figures of a sweep with the bundled model on the bundled suite.
+
+Usage: ``python scripts/make_examples.py [--limit 150] [overrides of run.py ...]``
+
+Runs what is missing of the sweep (``results/bundled_sweep``, not committed; a second call takes seconds), then writes
+its tables and figures, the figures of what the model does inside, and a page that shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from corematching.results.accuracy import contexts, methods_of
+from corematching.results.aggregate import Aggregation, aggregate, write_tables
+from corematching.results.publish import write_all_figures
+from corematching.results.render import to_markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENT = "bundled_sweep"
+OUT = ROOT / "results" / "examples"
+SWEEP = (
+    f"experiment={EXPERIMENT}",
+    "model=tiny",
+    "data=mini",
+    "methods=[dense,random,uniform,fastv,core_tokens,corematching]",
+    "keep=[192,64,16]",
+    "benchmarks=[gqa,pope,textvqa]",
+    "tracking=none",
+)
+
+
+def main() -> int:
+    """Run the sweep, then write everything that is committed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=150, help="questions per benchmark")
+    chosen, overrides = parser.parse_known_args()
+    command = [sys.executable, str(ROOT / "run.py"), *SWEEP, f"limit={chosen.limit}", *overrides]
+    run = subprocess.run(command, cwd=ROOT, check=False)
+    if run.returncode:
+        return run.returncode
+    aggregation = aggregate([ROOT / "results" / EXPERIMENT])
+    shutil.rmtree(OUT, ignore_errors=True)
+    write_tables(aggregation, OUT / "tables")
+    write_all_figures(aggregation, OUT / "figures")
+    write_evidence(OUT / "figures")
+    (OUT / "README.md").write_text(page(aggregation), encoding="utf-8")
+    print(f"wrote {OUT.relative_to(ROOT)}")
+    return 0
+
+
+def write_evidence(folder: Path) -> None:
+    """The elbow, core tokens on images, and co-activation against cosine, from the bundled model."""
+    import corematching as cm
+    from corematching.evaluation.generator import Generator, Question
+    from corematching.results import evidence_figures
+    from corematching.results.evidence import matching_evidence, mini_examples
+    from corematching.results.figures import save
+
+    model, processor = cm.load_model("tiny")
+    examples = mini_examples(images=4, questions=1)
+    found = [matching_evidence(model, processor, one) for one in examples]
+    depth = len(found[0].match)
+    layers = [1, depth // 2, depth - 2]
+    save(evidence_figures.elbow_curve(found[0], layers), folder, "elbow")
+    save(evidence_figures.matching(found, layers), folder, "matching")
+
+    asked = mini_examples(images=2, questions=2)
+    questions = [Question(one.question, lambda one=one: [one.image], {"max_new_tokens": 8}) for one in asked]
+    methods = {
+        "random": cm.build_method("random", keep=64),
+        "fastv": cm.build_method("fastv", keep=64),
+        "core tokens": cm.build_method("core_tokens", threshold="keep", keep=64),
+        "core tokens, elbow": cm.build_method("core_tokens", threshold="elbow", keep=None),
+    }
+    generator = Generator(model, processor)
+    answers = {name: generator.answer(questions, method) for name, method in methods.items()}
+    rows = [
+        (one, {name: given[place].trace.visual_tokens[-1].tolist() for name, given in answers.items()})
+        for place, one in enumerate(asked)
+    ]
+    save(evidence_figures.core_tokens(rows, found[0].grid), folder, "core_tokens")
+
+
+def page(aggregation: Aggregation) -> str:
+    """``README.md``: the main table and the figures."""
+    (_, group), *_ = contexts(aggregation.cells)
+    methods = ", ".join(dict.fromkeys(methods_of(group)["method"]))
+    figures = {
+        "pareto_flops": "Mean share of dense accuracy against FLOPs per question.",
+        "accuracy_over_keep": "Score over the budget with 95 % intervals; the band is dense.",
+        "heat_map": "Score in percent of dense.",
+        "layers": "What the traces say per decoder layer.",
+        "core_tokens": "Visual tokens that stay, for two questions on each of two images.",
+        "elbow": "Core neurons that each visual token activates, sorted; the dot is where the elbow rule cuts.",
+        "matching": "Neurons activated together with the last token against cosine similarity.",
+    }
+    present = [name for name in figures if (OUT / "figures" / f"{name}.png").is_file()]
+    lines = [
+        "# Example results",
+        "",
+        f"The bundled model on the bundled suite: {methods}. Made by `make examples`; how to read the tables:",
+        "[docs/tables.md](../../docs/tables.md).",
+        "",
+        to_markdown(aggregation.tables[0]),
+        "All tables (CSV, Markdown, LaTeX, HTML) and every comparison with dense (`statistics.csv`) are in `tables/`.",
+        "",
+        *(f"![{name}](figures/{name}.png)\n\n{figures[name]}\n" for name in present),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
