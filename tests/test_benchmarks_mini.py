@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from corematching.benchmarks import BENCHMARKS, load_benchmark
+from corematching.benchmarks.mini.files import intact
 from corematching.benchmarks.mini.writers import WRITERS, write_mini
 from corematching.benchmarks.rows import load_rows
 from corematching.errors import UserError
@@ -48,6 +50,20 @@ def test_writing_twice_gives_the_same_bytes(suite: Path, tmp_path: Path) -> None
         json.loads((root / "POPE" / "manifest.json").read_text())["content"] for root in (suite, tmp_path / "other")
     ]
     assert content[0] != content[1]
+
+
+def test_writing_over_other_contents_replaces_them(tmp_path: Path) -> None:
+    for n in (12, 6):
+        write_mini(tmp_path, n, 0, ["POPE"])
+        assert len(rows_of(tmp_path, "POPE/data/test-00000-of-00001.parquet")) == n
+    assert [path.name for path in tmp_path.iterdir()] == ["POPE"], "scratch folders were left behind"
+
+
+def test_two_writers_at_once_leave_one_whole_folder(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: write_mini(tmp_path, 6, 0, ["POPE"]), range(2)))
+    assert intact(tmp_path / "POPE")
+    assert [path.name for path in tmp_path.iterdir()] == ["POPE"]
 
 
 def test_unknown_dataset_is_refused(tmp_path: Path) -> None:

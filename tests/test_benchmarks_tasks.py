@@ -361,6 +361,13 @@ def test_host_log_sinks_survive(harness) -> None:
     assert any("still here" in line for line in seen)
 
 
+def test_truncated_images_stay_an_error(harness) -> None:
+    """lmms-eval's import makes PIL accept them process-wide, as grey."""
+    from PIL import ImageFile
+
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
 def test_environment_is_left_alone(harness, source, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
@@ -369,8 +376,10 @@ def test_environment_is_left_alone(harness, source, monkeypatch: pytest.MonkeyPa
     before = dict(os.environ)
     (task,) = harness.tasks.build_tasks(load_benchmark("mmvet"), source, limit=2)
     assert dict(os.environ) == before
-    stock = harness.tasks.stock_config(load_benchmark("mmvet").parts[0])["process_results"].__globals__
-    assert stock["server"].api_key != "sk-very-secret"
+    for name in ("mmvet", "mmbench"):
+        stock = harness.tasks.stock_config(load_benchmark(name).parts[0])["process_results"].__globals__
+        held = {**stock, **vars(stock.get("server") or stock["mmbench_evaluator"])}
+        assert "sk-very-secret" not in repr(held)
     assert "sk-very-secret" not in repr(task.dump_config())
 
 

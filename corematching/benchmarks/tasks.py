@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 
@@ -122,17 +123,8 @@ def _manager(tasks_dir: str) -> Any:
 @contextlib.contextmanager
 def _no_stock_judge() -> Iterator[None]:
     """Let stock task files load without a key, and keep any real key and address out of their module globals."""
-    overrides = {"OPENAI_API_KEY": "not-used", "OPENAI_API_URL": "http://127.0.0.1:9/v1", "API_TYPE": "openai"}
-    before = {name: os.environ.get(name) for name in overrides}
-    os.environ.update(overrides)
-    try:
+    with patch.dict(os.environ, {"API_TYPE": "dummy"}):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _config(

@@ -1,40 +1,30 @@
 """Write the mini suite as parquet files in the layout and the schemas of the ten real datasets.
 
-Files are made on first use, in a folder whose name holds the generator's own source, the number of questions and the
-seed, so that no change of any of them can meet old files. A manifest with checksums is written last; a folder whose
-files do not match it is made again.
+Files are made on first use, in a folder whose name holds a checksum of the generator's own source, the number of
+questions and the seed, so that no change of any of them can meet old files. Damaged files are made again.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import itertools
 import json
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from corematching.benchmarks.data import cache_home
+from corematching.benchmarks.mini.files import MANIFEST, Files, Row, intact, publish
 from corematching.benchmarks.mini.questions import MME_SUBTASKS, Question, questions_for
 from corematching.benchmarks.mini.scenes import Scene, make_scene, render
 from corematching.errors import UserError
 
-MANIFEST = "manifest.json"
 _SCENES_PER_SEED = 1_000_000
 _LETTERS = "ABCD"
 _VIDEO_FRAMES = 3
-
-Row = dict[str, Any]
-#: Relative path of a parquet file -> (feature types, rows).
-Files = dict[str, tuple[dict[str, Any], list[Row]]]
 
 
 def ensure_mini(folder: str, n: int, seed: int) -> Path:
@@ -50,7 +40,7 @@ def ensure_mini(folder: str, n: int, seed: int) -> Path:
         Seed of the generator.
     """
     root = cache_home() / "mini" / f"{_generator()}-n{n}-s{seed}"
-    if not _intact(root / folder):
+    if not intact(root / folder):
         write_mini(root, n, seed, [folder])
     return root
 
@@ -78,13 +68,7 @@ def write_mini(root: Path, n: int, seed: int, folders: Iterable[str] | None = No
     for folder in WRITERS if folders is None else folders:
         if folder not in WRITERS:
             raise UserError(f"the mini suite has no dataset {folder!r}; it has {', '.join(WRITERS)}")
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder}-", dir=root))
-        try:
-            _write_folder(scratch, WRITERS[folder](_Source(folder, seed), n))
-            _replace(scratch, root / folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        publish(root / folder, WRITERS[folder](_Source(folder, seed), n))
 
 
 @functools.cache
@@ -92,90 +76,6 @@ def _generator() -> str:
     """Checksum of the code that draws, asks and writes."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
-
-
-def _intact(folder: Path) -> bool:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(_checksum(folder / name) == entry["sha256"] for name, entry in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(scratch: Path, target: Path) -> None:
-    """Move a finished folder into place; another process that was faster keeps its own, equal, one."""
-    if target.exists() and not _intact(target):
-        shutil.rmtree(target, ignore_errors=True)
-    try:
-        os.rename(scratch, target)
-    except OSError:
-        if not _intact(target):
-            raise
-
-
-def _write_folder(folder: Path, files: Files) -> None:
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pictures = _Pictures()
-    content = hashlib.sha256()
-    entries = {}
-    for name, (types, rows) in files.items():
-        features = datasets.Features({key: _feature(datasets, value) for key, value in types.items()})
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist([pictures.encode(row) for row in rows], schema=features.arrow_schema)
-        pq.write_table(table, path, row_group_size=100)
-        content.update(name.encode())
-        for row in rows:
-            content.update(json.dumps(row, default=pictures.pixels, sort_keys=True).encode())
-        entries[name] = {"sha256": _checksum(path), "rows": len(rows)}
-    manifest = {"files": entries, "content": content.hexdigest()}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _feature(datasets: Any, kind: Any) -> Any:
-    """Short names for feature types: "str", "int", "image", [x] for a list of x, {..} for a struct."""
-    if isinstance(kind, list):
-        return datasets.List(_feature(datasets, kind[0]))
-    if isinstance(kind, dict):
-        return {key: _feature(datasets, value) for key, value in kind.items()}
-    return datasets.Image() if kind == "image" else datasets.Value({"str": "string", "int": "int64"}[kind])
-
-
-class _Pictures:
-    """Encodes every picture once, however many rows show it."""
-
-    def __init__(self) -> None:
-        self._done: dict[int, tuple[Image.Image, bytes, str]] = {}
-
-    def _facts(self, image: Image.Image) -> tuple[Image.Image, bytes, str]:
-        if id(image) not in self._done:
-            buffer = io.BytesIO()
-            image.save(buffer, format="PNG", compress_level=1)
-            pixels = hashlib.sha256(image.tobytes()).hexdigest()
-            self._done[id(image)] = (image, buffer.getvalue(), pixels)  # holding the image keeps its id its own
-        return self._done[id(image)]
-
-    def encode(self, value: Any) -> Any:
-        """`value` with images as PNG bytes, however deep they sit."""
-        if isinstance(value, Image.Image):
-            return {"bytes": self._facts(value)[1], "path": None}
-        if isinstance(value, dict):
-            return {key: self.encode(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.encode(item) for item in value]
-        return value
-
-    def pixels(self, image: Image.Image) -> str:
-        """Checksum of the decoded picture."""
-        return self._facts(image)[2]
 
 
 class _Source:
