@@ -5,6 +5,7 @@ import contextlib
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,11 @@ def evaluate(model: Any, tasks: Sequence[Any], seed: int = 0) -> dict[str, Any]:
     seed
         For every random generator that lmms-eval sets.
     """
-    from lmms_eval.evaluator import simple_evaluate
     from tenacity import RetryError
 
+    from corematching.benchmarks.lmms import tasks as lmms_tasks  # first: imports lmms-eval without its side effects
+
+    simple_evaluate = import_module("lmms_eval.evaluator").simple_evaluate
     with host_state(), no_bars(), tempfile.TemporaryDirectory() as scratch:
         # Without these settings lmms-eval decodes every picture a second time and keeps lists of them in its results.
         arguments = argparse.Namespace(process_with_media=False, output_path=scratch, reasoning_tags=None)
@@ -36,7 +39,8 @@ def evaluate(model: Any, tasks: Sequence[Any], seed: int = 0) -> dict[str, Any]:
             return simple_evaluate(
                 model=model,
                 tasks=list(tasks),
-                task_manager=_no_task_manager(),
+                # Tasks come as objects; indexing the stock ones would take five seconds.
+                task_manager=lmms_tasks.TaskManager(include_defaults=False),
                 bootstrap_iters=0,
                 log_samples=True,
                 random_seed=seed,
@@ -66,18 +70,10 @@ def host_state() -> Iterator[None]:
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
     """Without lmms-eval's progress bars, which would break into the caller's."""
-    from lmms_eval import evaluator
-
+    evaluator = import_module("lmms_eval.evaluator")
     bars = evaluator.tqdm
     evaluator.tqdm = lambda *words, **named: bars(*words, **{**named, "disable": True})
     try:
         yield
     finally:
         evaluator.tqdm = bars
-
-
-def _no_task_manager() -> Any:
-    """A task manager without tasks: ours come as objects, and indexing the stock ones takes five seconds."""
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=False)

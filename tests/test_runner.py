@@ -1,0 +1,291 @@
+"""The runner: loud failures, resume after SIGKILL, shared work; on a fake bench, and once for real with lmms-eval."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import ClassVar
+
+import pandas as pd
+import pytest
+from small_llava import save_small_llava
+
+from corematching import cli
+from corematching.evaluation import provenance, workbench
+from corematching.evaluation.cells import Cell
+from corematching.results.store import Store
+
+GRID = ["methods=[dense,random,fastv]", "keep=[32,16]", "benchmarks=[gqa,pope]", "model.visual_tokens=64"]
+
+
+class FakeBench:
+    """Scores a cell by its keep; `trouble` maps (method, benchmark) to what happens instead."""
+
+    trouble: ClassVar[dict] = {}
+    evaluated: ClassVar[list] = []
+
+    def __init__(self, experiment):
+        self.experiment = experiment
+
+    def check_methods(self, cells):
+        pass
+
+    def evaluate(self, cell: Cell, on_progress):
+        label = cell.label
+        self.evaluated.append((label["method"], label["keep"], label["benchmark"]))
+        trouble = self.trouble.get((label["method"], label["benchmark"]))
+        if trouble:
+            raise trouble
+        on_progress(2, 2)
+        value = 50.0 if label["keep"] is None else 40.0 - 1 / label["keep"]
+        result = {
+            "status": "done",
+            "score": {"metric": "accuracy", "value": value, "scale": 100.0, "note": ""},
+            "metrics": {"accuracy": value},
+            "n": 2,
+            "trace": {"visual_tokens_per_layer": label["keep"] or 64, "kv_bytes": 1e6, "flops": {"prefill": 1e12}},
+            "timing": {"model_seconds": 0.1},
+        }
+        return result, pd.DataFrame({"doc_id": [0, 1], "score": [1.0, 0.0]})
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Run the program on the fake bench in an empty folder; returns a function that gives the exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workbench, "Workbench", FakeBench)
+    monkeypatch.setattr(provenance, "model_revision", lambda model: "revision")
+    monkeypatch.setattr("corematching.benchmarks.data.DataSource.version", lambda self, benchmark: "version")
+    monkeypatch.setattr(FakeBench, "trouble", {})
+    monkeypatch.setattr(FakeBench, "evaluated", [])
+    return lambda *words: cli.main([*GRID, "tracking=none", *words])
+
+
+def cells_of(folder):
+    return {record["id"]: record for record in Store(folder).records()}
+
+
+def test_a_run_stores_all_cells_and_a_second_run_computes_none(fake, tmp_path, capsys):
+    assert fake() == 0
+    assert len(FakeBench.evaluated) == 10
+    first = (tmp_path / "results/quickstart/table.md").read_text()
+    assert "| dense | — | 50.0 | 50.0 | 100.0 |" in first
+    assert "| fastv | 16 | 39.9 | 39.9 | 79.9 |" in first
+    assert "not comparable with published numbers" in first
+    assert fake() == 0
+    assert len(FakeBench.evaluated) == 10
+    assert (tmp_path / "results/quickstart/table.md").read_text() == first
+    out = capsys.readouterr().out
+    assert "10 already done" in out
+    assert out.startswith("NOTE: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]
+    table = pd.read_csv(tmp_path / "results/quickstart/table.csv")
+    assert list(table["gqa"]) == [50.0, 40.0, 39.9, 40.0, 39.9]
+
+
+def test_a_failed_cell_is_loud_and_the_sweep_goes_on(fake, tmp_path, capsys):
+    FakeBench.trouble[("fastv", "pope")] = RuntimeError("out of\nmemory")
+    assert fake() == 1
+    out = capsys.readouterr().out
+    assert "FAILED, RuntimeError: out of memory" in out
+    assert "2 of 10 cells failed" in out
+    records = cells_of(tmp_path / "results/quickstart").values()
+    failed = [record for record in records if record["status"] == "failed"]
+    assert len(failed) == 2
+    assert len(records) == 10
+    assert "Traceback" in failed[0]["error"]["traceback"]
+    assert failed[0]["error"]["type"] == "RuntimeError"
+    table = (tmp_path / "results/quickstart/table.md").read_text()
+    assert "| fastv | 32 | 40.0 | — | — |" in table
+    assert "pope, fastv keep=32: failed (RuntimeError: out of memory)" in table
+    FakeBench.trouble.clear()
+    FakeBench.evaluated.clear()
+    assert fake() == 0, "failed cells are tried again"
+    assert FakeBench.evaluated == [("fastv", 32, "pope"), ("fastv", 16, "pope")]
+
+
+def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(fake, capsys):
+    FakeBench.trouble[("fastv", "gqa")] = KeyboardInterrupt()
+    assert fake() == 130
+    assert "3 of 10 cells are stored" in capsys.readouterr().out
+    FakeBench.trouble.clear()
+    FakeBench.evaluated.clear()
+    assert fake() == 0
+    assert len(FakeBench.evaluated) == 7
+
+
+def test_a_schedulers_term_signal_ends_the_run_as_ctrl_c_does(fake, capsys, monkeypatch):
+    def terminated(self, cell, on_progress):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(FakeBench, "evaluate", terminated)
+    assert fake() == 130
+    assert "run the same command again" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_unreadable_cell_is_named_and_computed_again(fake, tmp_path):
+    fake()
+    folder = next((tmp_path / "results/quickstart/cells").iterdir())
+    (folder / "cell.json").write_text("{broken")
+    FakeBench.evaluated.clear()
+    with pytest.warns(UserWarning, match=folder.name):
+        assert fake() == 0
+    assert len(FakeBench.evaluated) == 1
+    assert json.loads((folder / "cell.json").read_text())["status"] == "done"
+
+
+def test_cells_that_another_process_computes_are_waited_for_and_not_repeated(fake, tmp_path, monkeypatch, capsys):
+    """The other process: holds a claim at first, has finished the cell when the claim ends."""
+    store = Store(tmp_path / "results/quickstart")
+    fake("results_dir=elsewhere")
+    (finished,) = [
+        record
+        for record in cells_of(tmp_path / "elsewhere/quickstart").values()
+        if record["labels"]["method"] == "fastv"
+        and record["labels"]["keep"] == 16
+        and record["labels"]["benchmark"] == "pope"
+    ]
+    FakeBench.evaluated.clear()
+    claim = store.claim(finished["id"])
+    assert claim.__enter__()
+
+    def other_process_ends(seconds):
+        store.write(finished)
+        claim.__exit__(None, None, None)
+
+    monkeypatch.setattr("corematching.evaluation.runner.time.sleep", other_process_ends)
+    assert fake() == 0
+    assert "waiting for 1 cells" in capsys.readouterr().out
+    assert len(FakeBench.evaluated) == 9
+
+
+def test_tracking_that_breaks_costs_nothing_but_a_line(fake, monkeypatch, capsys):
+    def broken(*_):
+        raise OSError("no space\nleft")
+
+    monkeypatch.setattr("corematching.tracking.wandb._open_run", broken)
+    assert fake("tracking=wandb_offline") == 0
+    assert "no tracking (OSError: no space left); results go on" in capsys.readouterr().out
+
+    class BrokenRun:
+        def log(self, values):
+            raise RuntimeError("lost")
+
+    monkeypatch.setattr("corematching.tracking.wandb._open_run", lambda *_: BrokenRun())
+    assert fake("tracking=wandb_offline", "results_dir=other") == 0
+    out = capsys.readouterr().out
+    assert out.count("tracking stopped (RuntimeError: lost)") == 1
+
+
+def test_offline_tracking_continues_one_run(fake, tmp_path):
+    pytest.importorskip("wandb")
+    FakeBench.trouble[("fastv", "gqa")] = KeyboardInterrupt()
+    assert fake("tracking=wandb_offline") == 130
+    FakeBench.trouble.clear()
+    assert fake("tracking=wandb_offline") == 0
+    folder = tmp_path / "results/quickstart/wandb"
+    identity = (folder / "run_id").read_text()
+    runs = list(folder.glob("offline-run-*"))
+    assert runs
+    assert all(run.name.endswith(identity) for run in runs)
+    assert all(list(run.glob("*.wandb")) for run in runs)
+
+
+# ------------------------------------------------------------------------------------------- for real, with lmms-eval
+REAL = ["methods=[dense,random,corematching]", "keep=[16]", "benchmarks=[gqa]", "limit=4", "data.n=8"]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Command-line words for a real run on a small model, and its environment."""
+    checkpoint = save_small_llava(tmp_path_factory.mktemp("model"))
+    words = [
+        *REAL,
+        f"model.path={checkpoint}",
+        "model.visual_tokens=64",
+        "generation.max_new_tokens=3",
+        "tracking=none",
+    ]
+    return words, {**os.environ, "CM_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_killed_sweep_resumes_to_the_same_table(real, tmp_path, monkeypatch, capsys):
+    words, environment = real
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "corematching", *words, f"results_dir={broken}"],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    cells = broken / "quickstart" / "cells"
+    try:
+        deadline = time.monotonic() + 300
+        while not (cells.is_dir() and any(cells.iterdir())):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    survived = {folder.name: (folder / "cell.json").stat().st_mtime_ns for folder in cells.iterdir()}
+    assert 1 <= len(survived) < 3
+    monkeypatch.setenv("CM_CACHE", environment["CM_CACHE"])
+    assert cli.main([*words, f"results_dir={broken}"]) == 0
+    assert cli.main([*words, f"results_dir={whole}"]) == 0
+    for name, written in survived.items():
+        assert (cells / name / "cell.json").stat().st_mtime_ns == written, "a finished cell was computed again"
+    assert (broken / "quickstart/table.md").read_text() == (whole / "quickstart/table.md").read_text()
+    resumed, uninterrupted = (cells_of(folder / "quickstart") for folder in (broken, whole))
+    assert resumed.keys() == uninterrupted.keys()
+    for identity, record in resumed.items():
+        other = uninterrupted[identity]
+        assert record["status"] == "done"
+        assert (record["trace"], record["score"], record["metrics"]) == (
+            other["trace"],
+            other["score"],
+            other["metrics"],
+        )
+        rows, other_rows = (Store(folder / "quickstart").samples(identity) for folder in (broken, whole))
+        assert rows.equals(other_rows)
+        assert {"doc_id", "part", "unit", "prompt", "prediction", "target", "score"} <= set(rows)
+        assert rows["retained_tokens"].between(1, 64).all()
+        assert rows["generated_tokens"].between(1, 3).all()
+    keeps = {record["labels"]["method"]: record["trace"]["visual_tokens_by_layer"][-1] for record in resumed.values()}
+    assert keeps == {"dense": 64, "random": 16, "corematching": 16}
+
+
+def test_an_exception_in_generation_fails_its_cell(real, tmp_path, monkeypatch):
+    from corematching.evaluation.generator import Generator
+
+    def out_of_memory(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    words, environment = real
+    monkeypatch.setenv("CM_CACHE", environment["CM_CACHE"])
+    monkeypatch.setattr(Generator, "_generate", out_of_memory)
+    assert cli.main([*words, "methods=[dense]", f"results_dir={tmp_path}"]) == 1
+    (record,) = cells_of(tmp_path / "quickstart").values()
+    assert (record["status"], record["error"]["type"]) == ("failed", "RuntimeError")
+    assert record["error"]["message"] == "CUDA out of memory"
+    assert record["score"] is None
+
+
+def test_a_method_that_does_nothing_is_an_error(real, tmp_path, monkeypatch):
+    from corematching.methods.random import Random
+
+    words, environment = real
+    monkeypatch.setenv("CM_CACHE", environment["CM_CACHE"])
+    monkeypatch.setattr(Random, "stages", lambda self, geometry: [])
+    assert cli.main([*words, "methods=[random]", f"results_dir={tmp_path}"]) == 1
+    (record,) = cells_of(tmp_path / "quickstart").values()
+    assert record["error"]["type"] == "NothingHappened"
+    assert "random" in record["error"]["message"]
