@@ -87,3 +87,32 @@ def left_pad(prompts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def prompts() -> list[dict[str, torch.Tensor]]:
     """Three prompts of different lengths; the last holds two images."""
     return [make_prompt(0, text=5), make_prompt(1, text=17), make_prompt(2, text=9, images=2)]
+
+
+@pytest.fixture(scope="session")
+def small_guide(random_llava, tmp_path_factory):
+    """Folder of a second random LLaVA with the same visual tokens and vocabulary, two decoder layers deep."""
+    config = AutoConfig.for_model(**random_llava.config.to_dict())
+    config.text_config.num_hidden_layers = 2
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        guide = AutoModelForImageTextToText.from_config(config)
+        for parameter in guide.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
+    folder = tmp_path_factory.mktemp("guide")
+    guide.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def predictor_file(random_llava, tmp_path_factory):
+    """Neuron predictors of ``random_llava``, trained for a moment."""
+    from corematching.engine.predictors import save_predictors
+    from corematching.training.predictors import collect, train_predictor
+
+    samples = collect(random_llava, [make_prompt(seed) for seed in range(20, 26)], answer_tokens=4)
+    predictors = {layer: train_predictor(own, 0.3, rank=16, steps=60)[0] for layer, own in samples.items()}
+    path = tmp_path_factory.mktemp("predictors") / "predictors.safetensors"
+    save_predictors(path, predictors, {})
+    return str(path)

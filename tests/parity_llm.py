@@ -144,18 +144,20 @@ DEVIATIONS = {
 }
 
 
+def recorded(goldens: Path) -> list[tuple[str, Path]]:
+    """Method and JSON file of every case under ``goldens/llm``."""
+    return [(method, path) for method in DEVIATIONS for path in sorted((goldens / "llm" / method).glob("*.json"))]
+
+
+def compare(method: str, path: Path) -> ParityRow:
+    """Run one recorded case again."""
+    case, golden = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+    equal, difference = globals()[method](case, golden, load_tiny(path.parent.parent))
+    return ParityRow(
+        method, case["repository"], case["commit"], case["case"], equal, difference, LOGITS, DEVIATIONS[method]
+    )
+
+
 def cases(goldens: Path) -> list[ParityRow]:
     """Every recorded case under ``goldens/llm``."""
-    folder = goldens / "llm"
-    rows = []
-    for method, deviations in DEVIATIONS.items():
-        for path in sorted((folder / method).glob("*.json")):
-            case = json.loads(path.read_text())
-            compare = globals()[method]
-            equal, difference = compare(case, load_file(path.with_suffix(".safetensors")), load_tiny(folder))
-            rows.append(
-                ParityRow(
-                    method, case["repository"], case["commit"], case["case"], equal, difference, LOGITS, deviations
-                )
-            )
-    return rows
+    return [compare(method, path) for method, path in recorded(goldens)]

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from corematching.engine import llm
 from corematching.engine.ffn import FFNBuilder, neuron_major
+from corematching.engine.guide import Guidance
 from corematching.engine.layout import Layout
 from corematching.engine.predictors import TokenwiseFFN, load_predictors
 from corematching.engine.state import PromptState
@@ -22,7 +23,7 @@ from corematching.engine.trace import Trace
 from corematching.engine.views import Prompt
 from corematching.engine.vision import TowerRun, image_decision, per_sample, run_tower, stages_of
 from corematching.errors import UserError
-from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Method, PredictNeurons
+from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Guide, Method, PredictNeurons
 from corematching.models.families import family_of
 
 
@@ -67,6 +68,9 @@ class Session:
         self.choose = _by_layer(stages, ChooseNeurons)
         self.build_ffn = FFNBuilder()
         self.tokenwise = self._tokenwise([stage for stage in stages if isinstance(stage, PredictNeurons)])
+        self.guide = next((Guidance(stage, self) for stage in stages if isinstance(stage, Guide)), None)
+        if self.guide is not None:
+            self.before[self.guide.stage.layer].append(BeforeLayer(self.guide.stage.layer, self.guide.select))
         self.trace = Trace()
         self.states: WeakKeyDictionary[Any, PromptState] = WeakKeyDictionary()
         self.decoders: dict[Any, Any] = {}
@@ -89,6 +93,9 @@ class Session:
         self._hook(base.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
         self._hook(self.family.head(self.model).register_forward_pre_hook(self._note_head))
         self._replace(self.decoder, "forward", self._decoder_forward)
+        if self.guide is not None:
+            self._hook(base.register_forward_pre_hook(self.guide.note_inputs, with_kwargs=True))
+            self._replace(self.model, "generate", self.guide.generate(self.model.generate))
         if self.blocks is not None or self.output is not None:
             self._replace(base, "get_image_features", self._image_features(base.get_image_features))
         wanted = {stage.layer - 1 for stages in self.before.values() for stage in stages if stage.activations}
@@ -173,6 +180,12 @@ class Session:
 
         return features
 
+    def kv_row_bytes(self, element_size: int) -> int:
+        """Bytes of one token's keys and values in one layer."""
+        text = self.model.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return 2 * text.num_key_value_heads * head_dim * element_size
+
     # ----------------------------------------------------------------------------------------------------- prefill
     def begin(
         self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Any
@@ -185,9 +198,7 @@ class Session:
         layout = Layout.of_prompt(ids, valid, position_ids, self.family.image_token_id(self.model.config))
         images = [count // self.geometry.image_tokens for count in layout.visual_counts]
         state = PromptState(layout, images, seen=embeds.shape[1])
-        text = self.model.config.text_config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        state.kv_row_bytes = 2 * text.num_key_value_heads * head_dim * embeds.element_size()
+        state.kv_row_bytes = self.kv_row_bytes(embeds.element_size())
         depth, patches = (
             self.geometry.vision_depth,
             self.geometry.image_tokens + int(self.family.has_cls(self.model.config)),

@@ -161,6 +161,8 @@ class Generator:
 
 def _own_share(trace: SampleTrace, tokens: int) -> SampleTrace:
     """The trace of one sample as if its batch had stopped with its own answer instead of the longest one."""
+    if trace.guide is not None and trace.guide.answered:
+        return trace  # nothing of the guided model ran
     surplus = trace.decode_steps - (tokens - 1)
     return replace(trace, decode_steps=tokens - 1, head_positions=trace.head_positions - surplus)
 

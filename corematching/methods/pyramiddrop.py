@@ -52,12 +52,12 @@ class PyramidDrop(Method):
             check_budget("keeps", keep)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
-        stages: list[Stage] = []
+        stages: list[BeforeLayer] = []
         for layer, keep in zip(self.layers, self.keeps, strict=True):
             check_layer("layers", layer, geometry.depth, first=stages[-1].layer + 1 if stages else 0)
             check_count("keeps", keep, geometry.image_tokens)
             stages.append(BeforeLayer(layer, partial(select, keep), renumber=True))
-        return stages
+        return list(stages)
 
 
 def select(keep: Budget, view: LayerView) -> Keep:

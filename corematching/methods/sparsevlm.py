@@ -102,12 +102,18 @@ class SparseVLM(Method):
             )
         if self.version == "2.0" and not 1 <= self.priority_heads <= geometry.heads:
             raise UserError(f"priority_heads={self.priority_heads} is not valid: give 1 to {geometry.heads}")
-        stages: list[Stage] = []
+        stages: list[BeforeLayer] = []
         for layer, budget in zip(self.layers, self.budgets, strict=True):
             check_layer("layers", layer, geometry.depth - 1, first=stages[-1].layer if stages else 0)
-            check_count("schedule", budget, geometry.image_tokens)
+            if self.schedule is not None:
+                check_count("schedule", budget, geometry.image_tokens)
             stages.append(BeforeLayer(layer + 1, _Pruning(self, budget), renumber=self.version == "1.5"))
-        return stages
+        if self.schedule is None and geometry.image_tokens < self.budgets[0]:
+            raise UserError(
+                f"keep={self.keep} keeps {self.budgets[0]} tokens at first, an image of this model has "
+                f"{geometry.image_tokens}: give a schedule"
+            )
+        return list(stages)
 
     def scores(self, view: LayerView) -> Tensor:
         """[B, V], higher = keep."""

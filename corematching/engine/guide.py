@@ -1,0 +1,333 @@
+"""A second, smaller model that answers first and says which visual tokens its answer looked at."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from corematching.engine.layout import Layout
+from corematching.engine.trace import GuideTrace, SampleTrace, Trace
+from corematching.engine.views import heads_of, rotate
+from corematching.errors import UserError
+from corematching.methods.base import BeforeLayer, Guide, Keep, LayerView, Method
+from corematching.methods.dense import Dense
+from corematching.models.families import Family, family_of
+from corematching.models.loading import load_model
+
+if TYPE_CHECKING:
+    from corematching.engine.session import Session
+
+_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+_NOT_GREEDY = (
+    *("do_sample", "temperature", "top_p", "top_k", "num_beams", "num_return_sequences", "length_penalty"),
+    *("streamer", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
+    *("output_hidden_states", "past_key_values", "cache_implementation"),
+)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    return load_model(name, dtype=dtype, device=device)[0]
+
+
+@dataclass
+class Reading:
+    """What the guide made of a batch of prompts."""
+
+    scores: Tensor
+    """[B, V]: attention that each visual token received."""
+    answers: Tensor | None
+    """Long [B, T]: the guide's greedy answers; None if it only read the prompts."""
+    confidence: list[float] | None
+    """Per sample, if early exit asked for it."""
+    trace: Trace
+    """The guide's passes, all samples of one pass after the other."""
+    config: Any
+
+    exits: list[bool] = field(default_factory=list)
+    """Per sample, whether the guide's answer is final (empty: none is)."""
+
+    def traces(self) -> list[GuideTrace]:
+        """One entry per prompt."""
+        rows, samples = len(self.scores), self.trace.samples
+        passes = [[samples[start + row] for start in range(0, len(samples), rows)] for row in range(rows)]
+        return [GuideTrace(self.config, own, row in self.final) for row, own in enumerate(passes)]
+
+    @property
+    def final(self) -> set[int]:
+        """Samples whose answer is the guide's."""
+        return {row for row, exit_here in enumerate(self.exits) if exit_here}
+
+
+class AttentionTap:
+    """Hooks on a stock decoder that sum the attention visual tokens receive, pass by pass.
+
+    In the pass that reads the prompt, the positions after the last image query; in later ones, the decoded token.
+    Only these query rows are computed again; keys come from the cache.
+    """
+
+    def __init__(self, family: Family, model: Any, input_ids: Tensor, valid: Tensor) -> None:
+        positions = torch.zeros_like(input_ids)
+        self.layout = Layout.of_prompt(input_ids, valid, positions, family.image_token_id(model.config))
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        is_visual = self.layout.visual_id > -2
+        self.observes = valid & (index > (index * is_visual).amax(1, keepdim=True))
+        self.rows = max(1, int(self.observes.sum(1).max()))
+        self.passes: list[Tensor] = []
+        """Per pass: [B, V]."""
+        decoder: Any = family.decoder(model)
+        self.layers = decoder.layers[: decoder.config.num_hidden_layers]
+
+    @contextmanager
+    def installed(self):
+        """Keep the hooks on for the duration of the context."""
+        handles = [
+            layer.self_attn.register_forward_hook(functools.partial(self._note, index), with_kwargs=True)
+            for index, layer in enumerate(self.layers)
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, index: int, attn: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        module: Any = attn
+        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        if index == 0:
+            self.passes.append(self.layout.visual_valid.new_zeros(self.layout.visual_valid.shape, dtype=torch.float32))
+        reading = len(self.passes) == 1
+        rows = self.rows if reading else hidden.shape[1]
+        queries = rotate(heads_of(module.q_proj(hidden[:, -rows:]), module.head_dim), cos[:, -rows:], sin[:, -rows:])
+        keys = kwargs["past_key_values"].layers[index].keys
+        keys = keys.repeat_interleave(module.num_key_value_groups, dim=1)
+        length = keys.shape[2]
+        place = torch.arange(length, device=keys.device)
+        decoded = self.layout.valid.new_ones(len(keys), length - self.layout.valid.shape[1])
+        visible = torch.cat([self.layout.valid, decoded], 1)[:, None] & (place <= place[-rows:, None])
+        logits = (queries @ keys.transpose(2, 3)).float() * module.scaling
+        probabilities = logits.masked_fill(~visible[:, None], torch.finfo(logits.dtype).min).softmax(-1)
+        if reading:
+            probabilities = probabilities * self.observes[:, None, -rows:, None]
+        received = probabilities.sum((1, 2)).gather(1, self.layout.visual)
+        self.passes[-1] += received * self.layout.visual_valid
+
+
+@dataclass(frozen=True)
+class _Pruned(Method):
+    """The guide with its own visual tokens pruned before its layer 0, for scoring its answer again."""
+
+    select: Callable[[LayerView], Keep | None]
+
+    def stages(self, geometry: Any) -> list:
+        return [BeforeLayer(0, self.select)]
+
+
+@dataclass
+class Guidance:
+    """The guide of one installed method."""
+
+    stage: Guide
+    session: Session
+    reading: Reading | None = None
+    """Set while the guided model generates."""
+    rows: list[int] = field(default_factory=list)
+    """Which samples of the reading it generates for."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """What the guided model was called with last."""
+
+    def __post_init__(self) -> None:
+        guided = self.session.model
+        self.model = _load(self.stage.model, guided.dtype, guided.device)
+        self.family = family_of(self.model.config)
+        own, other = self.family.geometry(self.model.config), self.session.geometry
+        same_token = self.family.image_token_id(self.model.config) == self.session.family.image_token_id(guided.config)
+        if own.image_tokens != other.image_tokens or not same_token:
+            raise UserError(
+                f"guide={self.stage.model!r} does not fit: it has {own.image_tokens} visual tokens per image, the "
+                f"guided model {other.image_tokens}; both must share visual grid and tokenizer"
+            )
+
+    # ---------------------------------------------------------------------------------------------- as a layer's stage
+    def note_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook on the guided model."""
+        if kwargs.get("pixel_values") is not None:
+            self.inputs = {name: kwargs.get(name) for name in _INPUTS}
+
+    def select(self, view: LayerView) -> Keep | None:
+        """The stage's decision; outside ``generate``, the guide reads the prompt now."""
+        reading, rows = self.reading, self.rows
+        if reading is None:
+            reading = self.read(self.inputs, None)
+            rows = list(range(len(reading.scores)))
+        if self.session.current is not None:
+            self.session.current.guide = lambda: [reading.traces()[row] for row in rows]
+        return self._decide(reading.scores[rows], view)
+
+    def _decide(self, scores: Tensor, view: LayerView) -> Keep | None:
+        # Beam search repeats every prompt.
+        scores = scores.repeat_interleave(len(view.origin) // len(scores), dim=0)
+        return self.stage.select(scores.gather(1, view.origin.clamp(min=0)), view)
+
+    # ----------------------------------------------------------------------------------------------------- the guide
+    @torch.no_grad()
+    def read(self, inputs: dict[str, Any], options: dict[str, Any] | None) -> Reading:
+        """Let the guide read prompts and, given ``generate`` options, answer them greedily."""
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        tap = AttentionTap(self.family, self.model, ids, valid)
+        with Dense()(self.model) as trace, tap.installed():
+            if options is None:
+                self.model(**inputs, use_cache=True, logits_to_keep=1)
+                return Reading(tap.passes[0], None, None, trace, self.model.config)
+            answers = self.model.generate(**inputs, **options)[:, ids.shape[1] :]
+        counted = self._before_end(answers, options)
+        scores = tap.passes[0]
+        for step, received in enumerate(tap.passes[1:], start=1):
+            # This pass was fed answer token step - 1; after a sample's end it was fed padding.
+            scores = scores + received * counted[:, step, None]
+        reading = Reading(scores, answers, None, trace, self.model.config)
+        if self.stage.early_exit is not None:
+            reading.confidence = self._confidence(reading, inputs, valid, counted)
+        return reading
+
+    def _before_end(self, answers: Tensor, options: dict[str, Any]) -> Tensor:
+        """Bool [B, T]: answer tokens up to and including each sample's end-of-sequence token."""
+        end = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        if end is None:
+            return torch.ones_like(answers, dtype=torch.bool)
+        ended = torch.isin(answers, torch.as_tensor(end, device=answers.device)).long()
+        return ended.cumsum(1) - ended == 0
+
+    def _confidence(self, reading: Reading, inputs: dict[str, Any], valid: Tensor, counted: Tensor) -> list[float]:
+        """Probability of each answer when the guide sees its own pruned image."""
+        answers = reading.answers
+        assert answers is not None
+        again = {
+            **inputs,
+            "input_ids": torch.cat([inputs["input_ids"], answers], 1),
+            "attention_mask": torch.cat([valid, torch.ones_like(answers, dtype=torch.bool)], 1).long(),
+        }
+        with _Pruned(functools.partial(self._decide, reading.scores))(self.model) as trace:
+            logits = self.model(**again, logits_to_keep=answers.shape[1] + 1).logits[:, :-1]
+        reading.trace.defer(lambda: trace.samples)
+        of_answer = logits.float().log_softmax(-1).gather(2, answers[..., None])[..., 0]
+        return of_answer.masked_fill(~counted, 0).sum(1).exp().tolist()
+
+    # ---------------------------------------------------------------------------------------- the guided model's answer
+    def generate(self, stock: Callable) -> Callable:
+        """``generate`` of the guided model: the guide answers first, confident answers are final."""
+
+        @functools.wraps(stock)
+        def guided(inputs: Tensor | None = None, **options: Any) -> Any:
+            given = {name: options.pop(name, None) for name in _INPUTS}
+            given["input_ids"] = given["input_ids"] if inputs is None else inputs
+            if given["pixel_values"] is None:
+                return stock(**{name: value for name, value in given.items() if value is not None}, **options)
+            greedy = {name: value for name, value in options.items() if name not in _NOT_GREEDY}
+            image_token = self.family.image_token_id(self.model.config)
+            greedy["suppress_tokens"] = [*(options.get("suppress_tokens") or []), image_token]
+            given = {name: value for name, value in given.items() if value is not None}
+            reading = self.read(given, {**greedy, "do_sample": False, "num_beams": 1})
+            return self._finish(stock, given, options, reading)
+
+        return guided
+
+    def _finish(self, stock: Callable, given: dict[str, Tensor], options: dict[str, Any], reading: Reading) -> Any:
+        """Take confident answers of the guide, let the guided model answer the other prompts."""
+        threshold, batch = self.stage.early_exit, len(reading.scores)
+        reading.exits = [threshold is not None and own >= threshold for own in reading.confidence or []]
+        rows = [row for row in range(batch) if row not in reading.final]
+        if len(rows) == batch:
+            return self._guided(stock, given, options, reading, rows)
+        if options.get("return_dict_in_generate") or (options.get("num_return_sequences") or 1) > 1:
+            raise UserError(
+                "early_exit returns plain sequences, one per prompt: leave return_dict_in_generate and "
+                "num_return_sequences out"
+            )
+        assert reading.answers is not None
+        answers = torch.cat([given["input_ids"], reading.answers], 1)
+        outer, self.session.trace = self.session.trace, Trace()
+        inner = self.session.trace
+        try:
+            if rows:
+                own = self._guided(stock, self._only(given, rows), options, reading, rows)
+                answers = _merged(answers, own, rows, options.get("pad_token_id") or self._pad_token())
+        finally:
+            self.session.trace = outer
+        outer.defer(functools.partial(self._interleaved, reading, given, inner))
+        return answers
+
+    def _guided(
+        self, stock: Callable, given: dict[str, Tensor], options: dict[str, Any], reading: Reading, rows: list[int]
+    ) -> Any:
+        self.reading, self.rows = reading, rows
+        try:
+            return stock(**given, **options)
+        finally:
+            self.reading = None
+
+    def _pad_token(self) -> int:
+        return self.session.model.generation_config.pad_token_id or 0
+
+    def _only(self, given: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+        """The prompts of some rows, with their images."""
+        counts = (given["input_ids"] == self.family.image_token_id(self.model.config)).sum(1)
+        images = (counts // self.session.geometry.image_tokens).tolist()
+        firsts = [sum(images[:row]) for row in range(len(images))]
+        wanted = [image for row in rows for image in range(firsts[row], firsts[row] + images[row])]
+        part = {name: value[rows] for name, value in given.items() if name != "pixel_values"}
+        return {**part, "pixel_values": given["pixel_values"][wanted]}
+
+    def _interleaved(self, reading: Reading, given: dict[str, Tensor], inner: Trace) -> list[SampleTrace]:
+        """Traces in the order of the prompts: those of the guided model, and those it was spared."""
+        guides, ran = reading.traces(), iter(inner.samples)
+        beams = len(inner.samples) // max(1, len(guides) - len(reading.final))
+        mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
+        lengths = mask.sum(1).tolist()
+        samples: list[SampleTrace] = []
+        for row, guide in enumerate(guides):
+            if guide.answered:
+                samples += [self._spared(guide, lengths[row])] * max(1, beams)
+            else:
+                samples += [next(ran) for _ in range(beams)]
+        return samples
+
+    def _spared(self, guide: GuideTrace, length: int) -> SampleTrace:
+        """The trace of a prompt that the guided model never saw."""
+        geometry = self.session.geometry
+        nothing = torch.zeros(0, dtype=torch.int32)
+        return SampleTrace(
+            prompt_tokens=length,
+            image_tokens=guide.passes[0].image_tokens,
+            images=0,
+            visual_tokens=[nothing] * geometry.depth,
+            llm_tokens=[0] * geometry.depth,
+            kv_lengths=[0] * geometry.depth,
+            kv_bytes=0,
+            dense_kv_bytes=length * geometry.depth * self.session.kv_row_bytes(self.session.model.dtype.itemsize),
+            neurons=[None] * geometry.depth,
+            ffn_mode="dense",
+            masked_steps=0,
+            vision_tokens=[0] * geometry.vision_depth,
+            vision_mlp_tokens=[0] * geometry.vision_depth,
+            projected_tokens=0,
+            guide=guide,
+        )
+
+
+def _merged(answers: Tensor, own: Tensor, rows: list[int], pad: int) -> Tensor:
+    """Replace some rows of padded sequences by others of another length."""
+    width = max(answers.shape[1], own.shape[1])
+    merged = answers.new_full((len(answers), width), pad)
+    merged[:, : answers.shape[1]] = answers
+    merged[rows] = pad
+    merged[rows, : own.shape[1]] = own
+    return merged
