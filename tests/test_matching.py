@@ -10,6 +10,7 @@ import corematching as cm
 from corematching.errors import UserError
 from corematching.evaluation.matching import MATCHED, Shape, matched_parameters
 from corematching.registry import method_defaults
+from corematching.results.table import build_table
 
 TINY = Shape(tokens=576, layers=12, vision_layers=6)
 LARGE = Shape(tokens=576, layers=32, vision_layers=24)
@@ -110,3 +111,27 @@ def test_an_average_out_of_reach_is_refused(name, average, message):
         matched_parameters(name, method_defaults(name), average, LARGE)
     with pytest.raises(UserError, match="tome cannot reach 4 "):
         matched_parameters("tome", {}, 4, TINY)
+
+
+def record(method, keep, value, tokens, name=None):
+    return {
+        "status": "done",
+        "labels": {"method": method, "keep": keep, "benchmark": "gqa"},
+        "config": {"method": {"name": name or method}},
+        "score": {"value": value},
+        "trace": {"visual_tokens_per_layer": tokens, "kv_bytes": 1.0, "flops": {"prefill": 1.0}},
+    }
+
+
+def test_ranking_holds_only_methods_with_the_controls_budget():
+    records = [
+        record("dense", None, 80.0, 576),
+        record("random", 192, 60.0, 192.0),
+        record("fastv", 192, 72.0, 192.4),
+        record("topv", 192, 72.0, 191.0),
+        record("unmatched", 192, 79.0, 240.0),
+        record("h2o (KV)", 192, 78.0, 576.0, name="h2o"),
+    ]
+    (line,) = build_table(records, ["gqa"], [], ranked=True).notes
+    assert line.endswith("(% of dense): 1. fastv 90.0, 1. topv 90.0, 3. random (control) 75.0")
+    assert build_table(records, ["gqa"], []).notes == ()

@@ -172,7 +172,8 @@ def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
     notes = [f"{settings['model']['name']}, data {settings['data']['name']}, {asked} questions per cell"]
     notes += [f"prompt {settings['prompt']}; tokens/layer: visual tokens per decoder layer; FLOPs: 2 per multiply-add"]
     notes += filter(None, [small_note(experiment)])
-    table = build_table(records, [benchmark.name for benchmark in experiment.benchmarks], notes)
+    names = [benchmark.name for benchmark in experiment.benchmarks]
+    table = build_table(records, names, notes, ranked=settings["match"] == "average")
     table.write(store.root)
     table.show(reporter.console)
     reporter.say(f"table: {store.root / 'table.md'}, {store.root / 'table.csv'}")

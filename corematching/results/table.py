@@ -66,7 +66,10 @@ class RunTable:
 
 
 def build_table(
-    records: Sequence[Mapping[str, Any] | None], benchmarks: Sequence[str], notes: Sequence[str]
+    records: Sequence[Mapping[str, Any] | None],
+    benchmarks: Sequence[str],
+    notes: Sequence[str],
+    ranked: bool = False,
 ) -> RunTable:
     """Lay out a run's records.
 
@@ -78,6 +81,8 @@ def build_table(
         Names of the benchmark columns, in order.
     notes
         What to say below the table besides the reasons for holes.
+    ranked
+        Add a note per budget that ranks the methods with as many visual tokens per layer as the random control.
     """
     rows: dict[tuple[str, Any], dict[str, Mapping[str, Any]]] = {}
     for record in records:
@@ -91,7 +96,8 @@ def build_table(
     }
     header = ("method", "keep", *benchmarks, "% of dense", "tokens/layer", "KV MB", "prefill TFLOPs")
     lines = tuple(_line(label, cells, benchmarks, dense) for label, cells in rows.items())
-    return RunTable(header, lines, (*notes, *_holes(records)))
+    rankings = _rankings(rows, benchmarks, dense) if ranked else []
+    return RunTable(header, lines, (*notes, *rankings, *_holes(records)))
 
 
 def _line(
@@ -102,18 +108,53 @@ def _line(
 ) -> tuple[str, ...]:
     method, keep = label
     values = {name: _value(cells[name]) for name in benchmarks if name in cells}
-    shares = [100 * value / dense[name] for name, value in values.items() if value is not None and dense.get(name)]
     traces = [cell["trace"] for cell in cells.values() if cell.get("trace")]
-    whole = len(shares) == len(benchmarks)
     return (
         method,
         HOLE if keep is None else str(keep),
         *(_number(values.get(name), 1) for name in benchmarks),
-        _number(fmean(shares), 1) if shares and whole else HOLE,
+        _number(_share(cells, benchmarks, dense), 1),
         _number(_trace_mean(traces, "visual_tokens_per_layer"), 1),
         _number(_trace_mean(traces, "kv_bytes", 1e6), 2),
         _number(_trace_mean([trace["flops"] for trace in traces], "prefill", 1e12), 4),
     )
+
+
+def _share(
+    cells: Mapping[str, Mapping[str, Any]], benchmarks: Sequence[str], dense: Mapping[str, float | None]
+) -> float | None:
+    """Mean percentage of the dense scores; None unless every benchmark has both."""
+    values = {name: _value(cells[name]) for name in benchmarks if name in cells}
+    shares = [100 * value / dense[name] for name, value in values.items() if value is not None and dense.get(name)]
+    return fmean(shares) if shares and len(shares) == len(benchmarks) else None
+
+
+def _rankings(
+    rows: Mapping[tuple[str, Any], Mapping[str, Mapping[str, Any]]],
+    benchmarks: Sequence[str],
+    dense: Mapping[str, float | None],
+) -> list[str]:
+    """One line per budget: methods by share of dense, among those within 3 % of the random control's tokens."""
+    standing: dict[Any, list[tuple[float, float, str, bool]]] = {}
+    for (method, keep), cells in rows.items():
+        share = _share(cells, benchmarks, dense)
+        tokens = _trace_mean([cell["trace"] for cell in cells.values() if cell.get("trace")], "visual_tokens_per_layer")
+        if share is not None and tokens is not None:
+            control = all(cell["config"]["method"]["name"] == "random" for cell in cells.values())
+            standing.setdefault(keep, []).append((share, tokens, method, control))
+    lines = []
+    for entries in standing.values():
+        budget = next((tokens for _, tokens, _, control in entries if control), None)
+        if budget is None:
+            continue
+        peers = [entry for entry in entries if abs(entry[1] - budget) <= 0.03 * budget]
+        ranks = {entry: 1 + sum(other[0] > entry[0] for other in peers) for entry in peers}
+        named = [
+            f"{rank}. {method}{' (control)' if control else ''} {share:.1f}"
+            for (share, _, method, control), rank in sorted(ranks.items(), key=lambda item: item[1])
+        ]
+        lines.append(f"ranking at {budget:.0f} visual tokens per layer (% of dense): {', '.join(named)}")
+    return lines
 
 
 def _value(record: Mapping[str, Any]) -> float | None:
