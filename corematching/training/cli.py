@@ -16,6 +16,7 @@ import torch
 
 from corematching.errors import UserError
 from corematching.training.architecture import TinyShape, build_model, deepen
+from corematching.training.card import model_card
 from corematching.training.codes import CodeBook
 from corematching.training.evaluate import report
 from corematching.training.export import export
@@ -73,9 +74,21 @@ def train(name: str, out: Path, resume: bool, seed: int, device: str) -> None:
     }[name]()
     Track(name, stages, out, partial(print, flush=True)).run(model)
     if name == "deep":
-        model.cpu()
-        export(model, tokenizer, out / "tiny_llava")
-        print(report(out / "tiny_llava"))
+        finish(model.cpu(), tokenizer, out)
+
+
+def finish(model, tokenizer, out: Path) -> None:
+    """Save the trained model with its card in ``out/tiny_llava``."""
+    folder = out / "tiny_llava"
+    export(model, tokenizer, folder)
+    seconds = {}
+    for name in TRACKS:
+        done = torch.load(out / f"{name}.pt", weights_only=True)["done"]
+        seconds |= {f"{name}: {stage}": value for stage, value in done.items()}
+    parameters = sum(weight.numel() for weight in model.parameters())
+    card = model_card(model.config, parameters, seconds, torch.get_num_threads(), report(folder))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    print(card)
 
 
 def _join(model, shallow, out: Path) -> None:

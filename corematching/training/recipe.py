@@ -18,14 +18,12 @@ _OPEN_FIRST = Mix(
 _LAGGING = Mix(
     {"echo": 2, "gqa": 3, "vqav2": 0.5, "mme": 1.5, "seedbench": 2, "mmbench": 1, "scienceqa": 1, "mmvet": 0.3,
      "textvqa": 0.2, "vizwiz": 0.4, "pope": 1},
-    {"shape": 0.5, "digit": 0.7, "word": 0.7, "texture": 0.5, "exists": 2, "side": 2, "height": 2, "size": 2,
-     "relation": 1.5},
+    {"shape": 0.5, "digit": 0.7, "word": 0.7, "texture": 0.5, "exists": 2, "side": 2, "height": 2, "size": 2},
 )  # fmt: skip
 _PLACES = Mix(
     {"gqa": 6, "mmvet": 1, "mme": 1.5, "scienceqa": 1, "seedbench": 0.7},
-    {"side": 8, "height": 8, "relation": 6, "place": 4},
+    {"side": 8, "height": 8, "place": 4},
 )
-_RELATIONS = Mix({"gqa": 6, "mme": 2, "seedbench": 1, "scienceqa": 0.5}, {"relation": 20, "side": 2, "height": 2})
 _ALL = Mix(
     {"gqa": 3, "vqav2": 1.5, "mme": 2, "seedbench": 1.5, "mmbench": 1, "scienceqa": 1.5, "mmvet": 1, "textvqa": 0.7,
      "vizwiz": 1, "pope": 1},
@@ -47,7 +45,6 @@ def shallow_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
         LanguageStage("few", 400, 8, _OPEN_FIRST, codes, packer, visual=32, rate_peak=2e-3, decay_share=0.2),
         LanguageStage("lagging", 453, 8, _LAGGING, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.0),
         LanguageStage("places", 300, 8, _PLACES, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
-        LanguageStage("relations", 300, 8, _RELATIONS, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
         LanguageStage(
             "late", 250, 8, _ALL, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, early_layers=2, **LATE
         ),
@@ -59,7 +56,7 @@ def deep_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
     return [
         LanguageStage("deep", 60, 8, _ALL, codes, packer, visual=40, rate_peak=6e-4, decay_share=0.2, **LATE),
         LanguageStage(
-            "images", 250, 4, _ALL, codes, packer, questions=16, visual=None, oracle=False, rate_peak=6e-4,
+            "images", 150, 4, _ALL, codes, packer, questions=16, visual=None, oracle=False, rate_peak=6e-4,
             decay_share=0.8, **LATE,
         ),
     ]  # fmt: skip

@@ -34,7 +34,7 @@ LETTERS = "ABCD"
 
 BENCHMARK_FAMILIES: dict[str, tuple[str, ...]] = {
     "vqav2": ("color", "shape", "digit", "exists", "count", "compound"),
-    "gqa": ("color", "shape", "digit", "word", "texture", "size", "side", "height", "relation", "exists"),
+    "gqa": ("color", "shape", "digit", "word", "texture", "size", "side", "height", "exists", "compound"),
     "vizwiz": ("color", "shape", "digit", "word"),
     "scienceqa": ("color", "shape", "digit", "texture", "size", "side", "height"),
     "textvqa": ("word", "digit"),
