@@ -70,7 +70,7 @@ def host_state() -> Iterator[None]:
 @contextlib.contextmanager
 def no_bars() -> Iterator[None]:
     """Without lmms-eval's progress bars, which would break into the caller's."""
-    evaluator = import_module("lmms_eval.evaluator")
+    evaluator: Any = import_module("lmms_eval.evaluator")
     bars = evaluator.tqdm
     evaluator.tqdm = lambda *words, **named: bars(*words, **{**named, "disable": True})
     try:
