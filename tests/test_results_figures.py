@@ -15,7 +15,7 @@ from corematching.results import dashboard, evidence_figures, figures, overlays
 from corematching.results.accuracy import contexts
 from corematching.results.aggregate import aggregate
 from corematching.results.evidence import Evidence, Example, elbow, matching_evidence, mini_examples, rank_correlation
-from corematching.results.publish import publish
+from corematching.results.publish import publish, publish_run
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +254,25 @@ def test_workspace_has_the_pareto_and_a_panel_per_benchmark():
     assert '"GFLOPs"' in text
     names = [section.name for section in built.sections]
     assert names == ["Trade-off", "Score over keep", "What really ran", "Figures"]
+
+
+def test_a_run_ends_with_its_report_and_logs_media(tmp_path):
+    folder = write_store(tmp_path, methods=("dense", "fastv"), benchmarks=("gqa",), n=20)
+    lines, logged = [], []
+    publish_run(folder, lines.append, lambda make: logged.append(make()))
+    assert lines == [f"report: {folder / 'report.html'} (tables and figures beside it)"]
+    assert (folder / "report.html").is_file()
+    assert (folder / "tables" / "accuracy.md").is_file()
+    assert "tables/accuracy" in logged[0]
+
+
+def test_a_report_that_fails_costs_no_result(tmp_path, monkeypatch):
+    folder = write_store(tmp_path, methods=("dense",), benchmarks=("gqa",), n=20)
+
+    def full_disk(*_, **__):
+        raise OSError("No space left\non device")
+
+    monkeypatch.setattr("corematching.results.render.write", full_disk)
+    lines = []
+    publish_run(folder, lines.append, lambda make: None)
+    assert lines == ["no report (OSError: No space left on device); the results are stored"]

@@ -60,7 +60,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr("corematching.benchmarks.data.DataSource.version", lambda self, benchmark: "version")
     monkeypatch.setattr(FakeBench, "trouble", {})
     monkeypatch.setattr(FakeBench, "evaluated", [])
-    return lambda *words: cli.main([*GRID, "tracking=none", *words])
+    return lambda *words: cli.main([*GRID, "tracking=none", "report=false", *words])
 
 
 def cells_of(folder):
@@ -197,7 +197,7 @@ def test_offline_tracking_continues_one_run(fake, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- for real, with lmms-eval
-REAL = ["methods=[dense,random,corematching]", "keep=[16]", "benchmarks=[gqa]", "limit=4", "data.n=8"]
+REAL = ["methods=[dense,random,corematching]", "keep=[16]", "benchmarks=[gqa]", "limit=4", "data.n=8", "report=false"]
 
 
 @pytest.fixture(scope="module")

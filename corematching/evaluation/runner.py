@@ -72,6 +72,10 @@ def _run(experiment: Experiment, pending: Sequence[Cell], store: Store, reporter
                 tracker.log(cell, record)
         if elsewhere:
             _await_others(elsewhere, experiment, bench, store, reporter)
+        if experiment.settings["report"]:
+            from corematching.results.publish import publish_run  # pandas, a second to import
+
+            publish_run(store.root, reporter.say, tracker.log_media)
         tracker.finish(store)
 
 

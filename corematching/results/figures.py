@@ -213,7 +213,7 @@ def heat_map(cells: pd.DataFrame) -> Figure | None:
     share = (
         values.reindex(index=rows["row"], columns=names).to_numpy(dtype=float) / dense.reindex(names).to_numpy() * 100
     )
-    figure = new_figure(1.9 + 0.62 * len(names), 1.2 + 0.27 * len(rows))
+    figure = new_figure(max(1.9 + 0.62 * len(names), 4.6), 1.2 + 0.27 * len(rows))
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         axes = figure.subplots()
         axes.set_facecolor("#eeeeee")

@@ -1,12 +1,16 @@
-"""Everything that a finished experiment shows, written in one call."""
+"""Everything that a finished experiment shows, written in one call.
+
+Imports pandas, scipy and matplotlib only when called: the runner imports this module, and its errors must be quick.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from corematching.results.accuracy import contexts
-from corematching.results.aggregate import Aggregation, aggregate, write_tables
+if TYPE_CHECKING:
+    from corematching.results.aggregate import Aggregation
 
 OVERLAYS = "overlays"
 
@@ -35,6 +39,8 @@ def publish(
     UserError
         If a folder is no experiment folder.
     """
+    from corematching.results.aggregate import aggregate, write_tables
+
     target = Path(out or folders[0])
     aggregation = aggregate(folders)
     written = write_tables(aggregation, target / "tables")
@@ -47,8 +53,36 @@ def publish(
     return written
 
 
+def publish_run(
+    folder: Path, say: Callable[[str], None], log_media: Callable[[Callable[[], dict[str, Any]]], None]
+) -> None:
+    """Publish what a run has stored, at its end; whatever goes wrong is said in one line and costs no result.
+
+    Parameters
+    ----------
+    folder
+        The experiment's folder.
+    say
+        Prints a line.
+    log_media
+        ``Tracker.log_media``: given a function that makes media, logs them if there is a tracker.
+    """
+    try:
+        from corematching.results.aggregate import aggregate
+        from corematching.results.dashboard import media
+
+        publish([folder])
+        log_media(lambda: media(aggregate([folder])))
+        say(f"report: {folder / 'report.html'} (tables and figures beside it)")
+    except ImportError as error:
+        say(f"no report: the package {error.name} is not installed (extra 'report'); the results are stored")
+    except Exception as error:  # hours of computing must not end in a traceback of a drawing
+        say(f"no report ({type(error).__name__}: {' '.join(str(error).split())[:200]}); the results are stored")
+
+
 def write_all_figures(aggregation: Aggregation, folder: Path) -> list[Path]:
     """Write the figures of every context and of the efficiency rows."""
+    from corematching.results.accuracy import contexts
     from corematching.results.figures import write_figures
 
     groups = contexts(aggregation.cells) if len(aggregation.cells) else []

@@ -32,9 +32,9 @@ class Tracker:
         """Log one finished cell: its score over keep, and what really ran."""
         self._guard(lambda run: run.log(cell_metrics(record)))
 
-    def log_media(self, content: Mapping[str, Any]) -> None:
-        """Log tables, figures or anything else wandb takes, by name."""
-        self._guard(lambda run: run.log(dict(content)))
+    def log_media(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Log what `make` returns, by name: tables, figures or anything else wandb takes. Called only with a run."""
+        self._guard(lambda run: run.log(dict(make())))
 
     def finish(self, store: Any) -> None:
         """Attach the store's records and close the run."""
