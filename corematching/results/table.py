@@ -125,26 +125,8 @@ def _share(
 ) -> float | None:
     """Mean percentage of the dense scores; None unless every benchmark has both."""
     values = {name: _value(cells[name]) for name in benchmarks if name in cells}
-    bases = {name: dense.get(name) for name in values}
-    shares = [100 * value / base for value, base in zip(values.values(), bases.values()) if value is not None and base]
-    traces = [cell["trace"] for cell in cells.values() if cell.get("trace")]
-    return (
-        method,
-        HOLE if keep is None else str(keep),
-        *(_number(values.get(name), 1) for name in benchmarks),
-        _number(_share(cells, benchmarks, dense), 1),
-        _number(_trace_mean(traces, "visual_tokens_per_layer"), 1),
-        _number(_trace_mean(traces, "kv_bytes", 1e6), 2),
-        _number(_trace_mean([trace["flops"] for trace in traces], "prefill", 1e12), 4),
-    )
-
-
-def _share(
-    cells: Mapping[str, Mapping[str, Any]], benchmarks: Sequence[str], dense: Mapping[str, float | None]
-) -> float | None:
-    """Mean percentage of the dense scores; None unless every benchmark has both."""
-    values = {name: _value(cells[name]) for name in benchmarks if name in cells}
-    shares = [100 * value / dense[name] for name, value in values.items() if value is not None and dense.get(name)]
+    bases = [dense.get(name) for name in values]
+    shares = [100 * value / base for value, base in zip(values.values(), bases) if value is not None and base]
     return fmean(shares) if shares and len(shares) == len(benchmarks) else None
 
 
