@@ -90,25 +90,36 @@ def load_model(
     else:
         model = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=resolved, revision=revision)
         model = model.to(device)
+    return model.eval(), _processor(name_or_path, path, weights, revision)
+
+
+def _processor(name: str, path: str, weights: str, revision: str | None) -> Any:
+    if weights == "random" and _architecture(name) is not None:
+        return None  # asking for one would go looking for a network
     try:
-        processor = AutoProcessor.from_pretrained(path, revision=revision)
+        return AutoProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError):
-        processor = None
-    return model.eval(), processor
+        return None
 
 
 def _config(name: str, path: str, weights: str, revision: str | None) -> Any:
     """The transformers config: built in for known names with random weights, so that nothing is fetched."""
-    if weights == "random" and name in group_names("model"):
-        architecture = OmegaConf.load(CONF / "model" / f"{name}.yaml").get("architecture")
-        if architecture is not None:
-            values: Any = OmegaConf.to_container(architecture)
-            return AutoConfig.for_model(values.pop("model_type"), **values)
+    architecture = _architecture(name) if weights == "random" else None
+    if architecture is not None:
+        return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
     try:
         return AutoConfig.from_pretrained(path, revision=revision)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"model {name!r} is not available ({first}): fetch it with scripts/download.py") from error
+
+
+def _architecture(name: str) -> Any:
+    """The architecture that a ``conf/model`` file spells out, as a dictionary; None if it does not."""
+    if name not in group_names("model"):
+        return None
+    architecture = OmegaConf.load(CONF / "model" / f"{name}.yaml").get("architecture")
+    return None if architecture is None else OmegaConf.to_container(architecture)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device, weights: str) -> Any:
