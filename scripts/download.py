@@ -10,10 +10,10 @@ is there already is not fetched again. Afterwards set HF_HUB_OFFLINE=1 and run w
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from corematching.benchmarks import BENCHMARKS, available_benchmarks, hub, load_benchmark
 from corematching.errors import UserError
@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     console = Console(soft_wrap=True, highlight=False)
     try:
-        names = list(BENCHMARKS) if args.benchmarks == ["all"] else args.benchmarks
+        named = [BENCHMARKS if name == "all" else (name,) for name in args.benchmarks]
+        names = dict.fromkeys(itertools.chain.from_iterable(named))
         wanted = [hub.dataset_repo(load_benchmark(name), args.revision) for name in names]
         wanted += [hub.model_repo(name) for name in args.models]
         if not wanted:
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             plans = hub.plans(wanted)
         _show(console, plans)
         if not args.dry_run:
-            _fetch(console, plans)
+            hub.fetch_with_bars(plans, console)
+            console.print("done: everything is in the cache")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,21 +72,6 @@ def _show(console: Console, plans: list[hub.Plan]) -> None:
         f"disk needed: {hub.gigabytes(total)}; running a benchmark unpacks its rows once, which needs as much again"
     )
     console.print("(VQAv2 repeats its images: unpacked it takes about 34 GB, less with a limit)")
-
-
-def _fetch(console: Console, plans: list[hub.Plan]) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        for plan in plans:
-            bar = bars.add_task(plan.repo.id, total=plan.bytes_missing)
-            hub.fetch(plan, lambda count, bar=bar: bars.advance(bar, count))
-    console.print("done: everything is in the cache")
 
 
 if __name__ == "__main__":

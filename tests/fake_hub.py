@@ -26,8 +26,8 @@ class FakeHub:
         File names that are sent with their first byte flipped, once.
     """
 
-    def __init__(self, root: Path, kind: str = "datasets") -> None:
-        self.root, self.kind = root, kind
+    def __init__(self, root: Path) -> None:
+        self.root = root
         self.requests: list[tuple[str, str, str | None]] = []
         self.cut: dict[str, int] = {}
         self.cut_times = 1
@@ -54,7 +54,7 @@ class FakeHub:
 def _entry(root: Path, path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     sha = hashlib.sha256(data).hexdigest()
-    lfs = path.suffix == ".parquet"
+    lfs = path.suffix in (".parquet", ".safetensors", ".bin")
     git = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
     entry = {"path": path.relative_to(root).as_posix(), "size": len(data), "oid": git, "type": "file"}
     return entry | ({"lfs": {"oid": sha, "sha256": sha, "size": len(data), "pointerSize": 130}} if lfs else {})
@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
         hub.requests.append((self.command, path, self.headers.get("Range")))
-        if match := re.fullmatch(rf"/api/{hub.kind}/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?(?:/.*)?", path):
+        if match := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?(?:/.*)?", path):
             self._listing(match[1], match[2])
         elif match := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._file(hub.root / match[1], hub.root / match[1] / match[2], body)

@@ -109,6 +109,21 @@ def test_damaged_transfer_and_damaged_cache_are_noticed(hub: FakeHub, tmp_path: 
     assert "all cached files are intact" in download(hub, tmp_path, "--benchmarks", "pope", "--verify").stdout
 
 
+def test_models_come_without_duplicate_formats(hub: FakeHub, repositories: Path, tmp_path: Path) -> None:
+    folder = repositories / "llava-hf" / "llava-1.5-7b-hf"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer.json", "model-00001-of-00001.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(name.encode() * 100)
+    hub.cut = {"config.json": 500}  # kept in git, not in LFS: another kind of checksum
+    done = download(hub, tmp_path, "--models", "llava_1_5_7b")
+    assert done.returncode == 0, done.stderr
+    assert "model llava-hf/llava-1.5-7b-hf @ c0ffee00: 3 files" in done.stdout
+    assert [span for name, span in hub.contents() if name == "config.json"] == [None, "bytes=500-"]
+    assert {name for name, _ in hub.contents()} == {"config.json", "tokenizer.json", "model-00001-of-00001.safetensors"}
+    snapshot = tmp_path / "hub" / "models--llava-hf--llava-1.5-7b-hf" / "snapshots" / COMMIT
+    assert (snapshot / "config.json").read_bytes() == b"config.json" * 100
+
+
 def test_missing_dataset_offline_is_one_line_that_says_what_to_run(hub: FakeHub, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "-c", READ_ROWS, offline=True)
     assert done.stderr.splitlines()[-1].endswith(

@@ -9,9 +9,11 @@ cache and does the book-keeping.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import re
 import shutil
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as ProgressBars
+from tqdm.auto import tqdm
 
 from corematching.benchmarks.spec import CONF_DIR, Benchmark
 from corematching.errors import UserError
@@ -118,7 +124,9 @@ def dataset_folder(benchmark: Benchmark, revision: str | None = None) -> Path:
             f"dataset {repo.id} is not in the cache and HF_HUB_OFFLINE is set; on a connected machine {remedy}"
         )
     try:
-        return fetch(plan(repo))
+        missing = plan(repo)
+        print(f"fetching {repo.id}: {gigabytes(missing.bytes_missing)}, once", file=sys.stderr)
+        return fetch_with_bars([missing], Console(stderr=True))[0]
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from error
 
@@ -162,7 +170,7 @@ def plan(repo: Repo) -> Plan:
 
     what = f"{repo.kind} {repo.id}"
     try:
-        info = HfApi().repo_info(repo.id, repo_type=repo.kind, revision=repo.revision, files_metadata=True)
+        info: Any = HfApi().repo_info(repo.id, repo_type=repo.kind, revision=repo.revision, files_metadata=True)
     except GatedRepoError as error:
         raise UserError(f"{what} is gated: accept its terms on the Hub and set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -197,10 +205,33 @@ def fetch(plan: Plan, progress: Progress | None = None) -> Path:
         raise UserError(f"{plan.repo.id} needs {gigabytes(plan.bytes_missing)}, but only {gigabytes(free)} are free")
     for file in plan.missing:
         _fetch_file(plan, file, progress or (lambda count: None))
-    folder = snapshot_download(
-        plan.repo.id, repo_type=plan.repo.kind, revision=plan.repo.revision, allow_patterns=list(plan.repo.patterns)
+    return Path(
+        snapshot_download(
+            plan.repo.id,
+            repo_type=plan.repo.kind,
+            revision=plan.repo.revision,
+            allow_patterns=list(plan.repo.patterns),
+            tqdm_class=_NoBar,
+        )
     )
-    return Path(folder)
+
+
+class _NoBar(tqdm):
+    """The client's own bar: by its turn all bytes are here, and what is left takes no time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+def fetch_with_bars(plans: Sequence[Plan], console: Console) -> list[Path]:
+    """`fetch` several plans, with a progress bar for each; returns their snapshot folders."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    folders = []
+    with ProgressBars(*columns, TimeRemainingColumn(), console=console) as bars:
+        for plan in plans:
+            bar = bars.add_task(plan.repo.id, total=plan.bytes_missing)
+            folders.append(fetch(plan, functools.partial(bars.advance, bar)))
+    return folders
 
 
 def verify(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from importlib import import_module
+from typing import Any
 from unittest.mock import patch
 
 from loguru import logger
@@ -20,8 +21,8 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 for name in ("lmms_eval", "utils"):  # task files run as top-level modules called utils
     logger.disable(name)
 
-task_module = import_module("lmms_eval.api.task")
+task_module: Any = import_module("lmms_eval.api.task")
 task_module.tqdm = functools.partial(task_module.tqdm, disable=True)  # a bar per task, over the host's own
 
-tasks = import_module("lmms_eval.tasks")
+tasks: Any = import_module("lmms_eval.tasks")
 ConfigurableTask = task_module.ConfigurableTask

@@ -13,7 +13,7 @@ import hashlib
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def find_files(root: Path, pattern: str, where: str) -> list[Path]:
     return files
 
 
-def _read_checked(files: Sequence[Path], columns: dict[str, Column], where: str) -> pa.Table:
+def _read_checked(files: Sequence[Path], columns: Mapping[str, Column], where: str) -> pa.Table:
     """Check schema and values; returns the columns that hold no images."""
     tables = []
     light = [name for name, column in columns.items() if not column.is_media]
@@ -249,7 +249,7 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _read_dataset(files: Sequence[Path], columns: dict[str, Column]) -> datasets.Dataset:
+def _read_dataset(files: Sequence[Path], columns: Mapping[str, Column]) -> datasets.Dataset:
     """Memory-mapped dataset of these files.
 
     The conversion is cached in a folder named after path, size and time of the files, because the cache of `datasets`

@@ -201,7 +201,7 @@ def _parse(raw: dict[str, Any]) -> Benchmark:
 
 
 def _column(name: str, value: str | dict[str, Any]) -> Column:
-    settings = {"type": value} if isinstance(value, str) else dict(value)
+    settings: dict[str, Any] = {"type": value} if isinstance(value, str) else dict(value)
     if settings["type"] not in COLUMN_TYPES:
         raise ValueError(f"column {name}: unknown type {settings['type']!r}; valid types: {', '.join(COLUMN_TYPES)}")
     settings["values"] = tuple(settings.get("values", ()))

@@ -27,7 +27,7 @@ from corematching.benchmarks import lmms, prompts
 from corematching.benchmarks.data import DataSource
 from corematching.benchmarks.judge import Grade, Judge, mmvet_prompt
 from corematching.benchmarks.rows import CheckedDataset, load_images, load_rows
-from corematching.benchmarks.spec import ROW, Benchmark, Part, Prompt, load_benchmark
+from corematching.benchmarks.spec import ROW, Benchmark, ImageTable, Part, Prompt, load_benchmark
 from corematching.errors import UserError
 
 _STOCK_TASKS = Path(lmms.tasks.__file__).parent
@@ -97,7 +97,7 @@ def build_tasks(
         first += rows.total
         config = _config(benchmark, part, variant, judge, max_new_tokens)
         if benchmark.images is not None:
-            config["doc_to_visual"] = _image_lookup(benchmark, root, rows)
+            config["doc_to_visual"] = _image_lookup(benchmark, benchmark.images, root, rows)
         tasks.append(BenchmarkTask(config, rows))
     return tasks
 
@@ -152,9 +152,8 @@ def _config(
     return config
 
 
-def _image_lookup(benchmark: Benchmark, root: Path, rows: CheckedDataset) -> Callable[[dict], list]:
+def _image_lookup(benchmark: Benchmark, table: ImageTable, root: Path, rows: CheckedDataset) -> Callable[[dict], list]:
     """Check that every question's image is there; returns a function that fetches the image of a row."""
-    table = benchmark.images
     images, row_of = load_images(benchmark, table, root)
     for number, key in zip(rows[ROW], rows[table.key]):
         if key not in row_of:

@@ -97,7 +97,9 @@ class _Source:
         while asked < n:
             number, scene = self.scene()
             questions = questions_for(benchmark, scene, self.rng)[: min(per_scene, n - asked)]
-            picture = render(scene) if questions else None
+            if not questions:
+                continue
+            picture = render(scene)
             for question in questions:
                 yield number, picture, question
             asked += len(questions)
@@ -115,7 +117,7 @@ def _gqa(source: _Source, n: int) -> Files:
     for i, (number, picture, question) in enumerate(source.ask("gqa", n, per_scene=2)):
         image_id = f"n{number:06d}"
         images[image_id] = picture
-        row = {"id": f"{i:08d}", "imageId": image_id, "question": question.text, "answer": question.answer}
+        row: Row = {"id": f"{i:08d}", "imageId": image_id, "question": question.text, "answer": question.answer}
         row |= {"fullAnswer": f"The answer is {question.answer}.", "isBalanced": "true"}
         questions.append(row | {"types": {"semantic": question.family, "structural": "query", "detailed": ""}})
     types: Row = dict.fromkeys(("id", "imageId", "question", "answer", "fullAnswer", "isBalanced"), "str")
@@ -135,10 +137,10 @@ def _vqav2(source: _Source, n: int) -> Files:
             for k, answer in enumerate(source.annotators(question, "unknown"), 1)
         ]
         kind = "yes/no" if question.answer in ("yes", "no") else "number" if question.answer.isdigit() else "other"
-        row = {"question_type": " ".join(question.text.split()[:2]).lower(), "answers": answers}
+        row: Row = {"question_type": " ".join(question.text.split()[:2]).lower(), "answers": answers}
         row |= {"multiple_choice_answer": question.answer, "answer_type": kind, "image_id": number}
         rows.append(row | {"question_id": number * 1000 + i, "question": question.text, "image": picture})
-    types = {
+    types: Row = {
         "question_type": "str",
         "multiple_choice_answer": "str",
         "answers": [{"answer": "str", "answer_confidence": "str", "answer_id": "int"}],
@@ -160,7 +162,7 @@ def _vizwiz(source: _Source, n: int) -> Files:
     for i, (_, picture, question) in enumerate(source.ask("vizwiz", n, per_scene=1)):
         category = "unanswerable" if question.answer == "unanswerable" else "other"
         other = "unsuitable" if category == "unanswerable" else "unanswerable"
-        row = {"question_id": f"VizWiz_val_{i:08d}.jpg", "image": picture, "question": question.text}
+        row: Row = {"question_id": f"VizWiz_val_{i:08d}.jpg", "image": picture, "question": question.text}
         rows.append(row | {"answers": source.annotators(question, other), "category": category})
     types = {"question_id": "str", "image": "image", "question": "str", "answers": ["str"], "category": "str"}
     return {"data/val-00000-of-00001.parquet": (types, rows)}
@@ -170,7 +172,7 @@ def _scienceqa(source: _Source, n: int) -> Files:
     rows = []
     for _, picture, question in source.ask("scienceqa", n, per_scene=2):
         word = question.meta["word"]
-        row = {"image": picture, "question": question.text, "choices": list(question.choices or ())}
+        row: Row = {"image": picture, "question": question.text, "choices": list(question.choices or ())}
         row |= {"answer": question.answer_index, "hint": question.meta.get("hint", ""), "task": "closed choice"}
         row |= {"grade": "grade2", "subject": "natural science", "topic": "pictures", "category": question.family}
         row |= {"skill": f"Read the {question.family} off a picture", "lecture": "Look at the named object."}
@@ -182,11 +184,11 @@ def _scienceqa(source: _Source, n: int) -> Files:
 def _textvqa(source: _Source, n: int) -> Files:
     rows = []
     for i, (number, picture, question) in enumerate(source.ask("textvqa", n, per_scene=2)):
-        row = {"image_id": f"{number:016x}", "question_id": i, "question": question.text, "image": picture}
+        row: Row = {"image_id": f"{number:016x}", "question_id": i, "question": question.text, "image": picture}
         row |= {"question_tokens": question.text.lower().rstrip("?").split(), "image_width": picture.width}
         row |= {"image_height": picture.height, "answers": source.annotators(question, "unanswerable")}
         rows.append(row | {"image_classes": [], "set_name": "val", "ocr_tokens": list(question.meta["ocr_tokens"])})
-    types = dict.fromkeys(("question_id", "image_width", "image_height"), "int")
+    types: Row = dict.fromkeys(("question_id", "image_width", "image_height"), "int")
     types |= dict.fromkeys(("image_id", "question", "set_name"), "str") | {"image": "image"}
     types |= {key: ["str"] for key in ("question_tokens", "answers", "image_classes", "ocr_tokens")}
     return {"data/validation-00000-of-00001.parquet": (types, rows)}
@@ -204,7 +206,7 @@ def _pope(source: _Source, n: int) -> Files:
             continue
         picture = render(scene)
         for question in pair:
-            row = {"id": str(len(rows)), "question_id": str(len(rows) + 1), "question": question.text}
+            row: Row = {"id": str(len(rows)), "question_id": str(len(rows) + 1), "question": question.text}
             row |= {"answer": question.answer, "image_source": f"mini_{number:012d}", "image": picture}
             rows.append(row | {"category": question.meta["category"]})
     types: Row = dict.fromkeys(("id", "question_id", "question", "answer", "image_source", "category"), "str")
@@ -225,7 +227,7 @@ def _mme(source: _Source, n: int) -> Files:
             ]
         picture = render(scene)
         for question in pair[:2]:
-            row = {"question_id": f"{subtask}/{number:06d}.png", "image": picture, "category": subtask}
+            row: Row = {"question_id": f"{subtask}/{number:06d}.png", "image": picture, "category": subtask}
             row |= {"question": f"{question.text} Please answer yes or no.", "answer": question.answer.capitalize()}
             rows.append(row)
     types: Row = dict.fromkeys(("question_id", "question", "answer", "category"), "str") | {"image": "image"}
@@ -251,7 +253,11 @@ def _rotations(source: _Source, n: int) -> Iterator[list[Row]]:
         group = []
         for k in range(len(choices)):
             turned = choices[k:] + choices[:k]
-            row = {"index": index + k * 1_000_000, "question": question.text, "hint": question.meta.get("hint") or None}
+            row: Row = {
+                "index": index + k * 1_000_000,
+                "question": question.text,
+                "hint": question.meta.get("hint") or None,
+            }
             row |= {"answer": _LETTERS[(right - k) % len(choices)], "image": picture, "source": "mini", "split": "dev"}
             row |= {letter: turned[i] if i < len(turned) else None for i, letter in enumerate(_LETTERS)}
             row |= {"category": question.meta["category"], "L2-category": question.meta["l2_category"]}
@@ -268,7 +274,7 @@ def _seedbench(source: _Source, n: int) -> Files:
     kinds: dict[str, int] = {}
     for i, (number, picture, question) in enumerate(source.ask("seedbench", n, per_scene=2)):
         video = i % 10 == 9
-        row = {"question": question.text, "question_id": str(i), "answer": question.answer}
+        row: Row = {"question": question.text, "question_id": str(i), "answer": question.answer}
         row |= {f"choice_{letter}": choice for letter, choice in zip("abcd", question.choices or ())}
         row |= {"data_id": f"{'video' if video else 'image'}_{number}", "data_type": "video" if video else "image"}
         row["question_type_id"] = kinds.setdefault(question.meta["question_type"], len(kinds) + 1)
@@ -281,7 +287,7 @@ def _seedbench(source: _Source, n: int) -> Files:
 def _mmvet(source: _Source, n: int) -> Files:
     rows = []
     for i, (_, picture, question) in enumerate(source.ask("mmvet", n, per_scene=1)):
-        row = {"question_id": f"v1_{i}", "image": picture, "question": question.text, "image_source": "mini"}
+        row: Row = {"question_id": f"v1_{i}", "image": picture, "question": question.text, "image_source": "mini"}
         rows.append(
             row | {"answer": "<AND>".join(question.meta["key_phrases"]), "capability": question.meta["capability"]}
         )
