@@ -10,14 +10,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from corematching.errors import UserError
 from corematching.results.accuracy import benchmark_order, contexts, methods_of
-from corematching.results.evidence import Example
 from corematching.results.tables import budget
+
+if TYPE_CHECKING:
+    from corematching.results.evidence import Example
 
 SCHEMA = 1
 
@@ -134,6 +136,7 @@ def stored_examples(cell: pd.Series, count: int) -> list[Example]:
     from corematching.benchmarks.data import load_source
     from corematching.benchmarks.spec import ROW, load_benchmark
     from corematching.benchmarks.tasks import build_tasks
+    from corematching.results.evidence import Example
 
     settings = {} if cell["data"] == "mini" else {"revision": cell["version"]}
     source = load_source(cell["data"], **settings)
