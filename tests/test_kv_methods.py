@@ -163,6 +163,17 @@ def test_keep_is_met_exactly_in_every_layer(name, random_llava):
         assert [layer.keys.shape[2] for layer in cache.layers] == [expected] * DEPTH
 
 
+def test_half_is_recent_by_default():
+    view = random_view()
+    half = cm.build_method("h2o", keep=20, recent=10).select(view).index
+    assert torch.equal(cm.build_method("h2o", keep=20).select(view).index, half)
+
+
+def test_snapkv_keeps_the_latest_of_its_window_when_the_budget_is_smaller():
+    decision = cm.build_method("snapkv", keep=5, window=8).select(random_view())
+    assert kept_sets(decision, 1, 0) == [85, 86, 87, 88, 89]
+
+
 @torch.no_grad()
 def test_prefill_is_dense_and_decode_is_not(random_llava):
     prompt = make_prompt(4)
@@ -215,7 +226,7 @@ def test_two_kv_methods_do_not_compose():
     ("name", "parameters", "message"),
     [
         ("h2o", {"keep": 0.2, "recent": 0.3}, r"recent=0.3.*keep=0.2"),
-        ("snapkv", {"keep": 16, "window": 32}, r"window=32.*keep=16"),
+        ("snapkv", {"window": 0.5}, r"window=0.5.*count"),
         ("snapkv", {"kernel": 4}, r"kernel=4.*odd"),
         ("snapkv", {"pooling": "median"}, r"pooling='median'.*avg, max"),
         ("csp", {"cross_fraction": 1.5}, r"cross_fraction=1.5"),

@@ -17,15 +17,15 @@ from corematching.methods.base import (
     KVView,
     Method,
     Stage,
-    count_of,
 )
 from corematching.methods.kv import (
     attention_received,
-    check_parts,
+    check_recent,
     distance_from_end,
     keep_marked,
     kept_counts,
     per_row,
+    recent_counts,
 )
 
 
@@ -49,7 +49,8 @@ class CSP(Method):
         KV rows to keep per layer and head, recent ones included: a count, or a fraction of the tokens that entered
         the layer. Prompts that are not longer stay whole.
     recent
-        How many of them are the last positions, which are also the observers (count or fraction, likewise).
+        How many of them are the last positions, which are also the observers (count or fraction, likewise); None =
+        half.
     cross_fraction
         Share of the other kept rows that the cross-modality part chooses (in [0, 1]).
     bias
@@ -59,14 +60,14 @@ class CSP(Method):
     """
 
     keep: Budget
-    recent: Budget
+    recent: Budget | None
     cross_fraction: float
     bias: float
     deduplicate: bool
     acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
 
     def __post_init__(self) -> None:
-        check_parts(self.keep, "recent", self.recent)
+        check_recent(self.keep, self.recent)
         if not 0 <= self.cross_fraction <= 1:
             raise UserError(f"cross_fraction={self.cross_fraction} is not valid: give a fraction in [0, 1]")
         if self.bias < 0:
@@ -79,7 +80,7 @@ class CSP(Method):
         totals = kept_counts(view, self.keep)
         if totals == view.lengths:
             return None
-        recent = [min(t, count_of(self.recent, length)) for t, length in zip(totals, view.lengths, strict=True)]
+        recent = recent_counts(view, totals, self.recent)
         cross_sums, self_sums = modality_sums(view, recent)
         parts = [self.shares(*numbers) for numbers in zip(totals, recent, view.lengths, strict=True)]
         cross, within, recent, barred = (list(column) for column in zip(*parts, strict=True))

@@ -7,8 +7,16 @@ from typing import ClassVar
 
 import torch
 
-from corematching.methods.base import AfterPrefill, Budget, Geometry, KeepKV, KVView, Method, Stage, count_of
-from corematching.methods.kv import attention_received, check_parts, distance_from_end, keep_best, kept_counts, per_row
+from corematching.methods.base import AfterPrefill, Budget, Geometry, KeepKV, KVView, Method, Stage
+from corematching.methods.kv import (
+    attention_received,
+    check_recent,
+    distance_from_end,
+    keep_best,
+    kept_counts,
+    per_row,
+    recent_counts,
+)
 
 
 @dataclass(frozen=True)
@@ -27,15 +35,15 @@ class H2O(Method):
         KV rows to keep per layer and head, recent ones included: a count, or a fraction of the tokens that entered
         the layer. Prompts that are not longer stay whole.
     recent
-        How many of them are the last positions (count or fraction, likewise).
+        How many of them are the last positions (count or fraction, likewise); None = half.
     """
 
     keep: Budget
-    recent: Budget
+    recent: Budget | None
     acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
 
     def __post_init__(self) -> None:
-        check_parts(self.keep, "recent", self.recent)
+        check_recent(self.keep, self.recent)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         return [AfterPrefill(layer, self.select) for layer in range(geometry.depth)]
@@ -44,7 +52,7 @@ class H2O(Method):
         counts = kept_counts(view, self.keep)
         if counts == view.lengths:
             return None
-        recent = [min(c, count_of(self.recent, length)) for c, length in zip(counts, view.lengths, strict=True)]
+        recent = recent_counts(view, counts, self.recent)
         received = attention_received(view, view.valid.shape[1], view.valid[..., None])[:, :, 0]
         scores = received.masked_fill(~view.valid[:, None], -torch.inf)
         last = distance_from_end(view.valid) <= per_row(recent, scores)

@@ -12,12 +12,20 @@ ROWS_AT_ONCE = 64
 """Query rows whose attention is held at a time."""
 
 
-def check_parts(keep: Budget, part_name: str, part: Budget) -> None:
+def check_recent(keep: Budget, recent: Budget | None) -> None:
     """Refuse budgets that are out of range or, where comparable, a part larger than the whole."""
     check_budget("keep", keep)
-    check_budget(part_name, part)
-    if type(keep) is type(part) and part > keep:
-        raise UserError(f"{part_name}={part} is not valid: give at most keep={keep}")
+    if recent is not None:
+        check_budget("recent", recent)
+        if type(keep) is type(recent) and recent > keep:
+            raise UserError(f"recent={recent} is not valid: give at most keep={keep}")
+
+
+def recent_counts(view: KVView, totals: list[int], recent: Budget | None) -> list[int]:
+    """How many of the kept rows are the last positions, per sample; None = half of them."""
+    if recent is None:
+        return [total // 2 for total in totals]
+    return [min(total, count_of(recent, length)) for total, length in zip(totals, view.lengths, strict=True)]
 
 
 def kept_counts(view: KVView, keep: Budget) -> list[int]:

@@ -20,7 +20,7 @@ from corematching.methods.base import (
     check_budget,
     check_choice,
 )
-from corematching.methods.kv import attention_received, check_parts, distance_from_end, keep_best, kept_counts, per_row
+from corematching.methods.kv import attention_received, distance_from_end, keep_best, kept_counts, per_row
 
 POOLINGS = {"avg": avg_pool1d, "max": max_pool1d}
 
@@ -41,7 +41,7 @@ class SnapKV(Method):
         KV rows to keep per layer and head, window included: a count, or a fraction of the tokens that entered the
         layer. Prompts that are not longer stay whole.
     window
-        Positions at the end of the prompt that observe and always stay.
+        Positions at the end of the prompt that observe and always stay; of budgets below it, the most recent part.
     kernel
         Width of the smoothing, odd; 1 = none.
     pooling
@@ -55,13 +55,12 @@ class SnapKV(Method):
     acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
 
     def __post_init__(self) -> None:
-        check_parts(self.keep, "window", self.window)
+        check_budget("keep", self.keep)
         check_choice("pooling", self.pooling, tuple(POOLINGS))
-        if isinstance(self.window, float):
-            raise UserError(f"window={self.window} is not valid: give a count >= 1")
-        check_budget("kernel", self.kernel)
-        if self.kernel % 2 != 1:
-            raise UserError(f"kernel={self.kernel} is not valid: give an odd count >= 1")
+        if not isinstance(self.window, int) or self.window < 1:
+            raise UserError(f"window={self.window!r} is not valid: give a count >= 1")
+        if not isinstance(self.kernel, int) or self.kernel % 2 != 1 or self.kernel < 1:
+            raise UserError(f"kernel={self.kernel!r} is not valid: give an odd count >= 1")
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         return [AfterPrefill(layer, self.select) for layer in range(geometry.depth)]

@@ -13,10 +13,9 @@ from corematching.methods.base import (
     KVView,
     Method,
     Stage,
-    check_budget,
     count_of,
 )
-from corematching.methods.kv import check_parts, distance_from_end, keep_marked, kept_counts, per_row
+from corematching.methods.kv import check_recent, distance_from_end, keep_marked, kept_counts, per_row
 
 SINKS = 4
 """First positions kept by default, as in the paper."""
@@ -45,9 +44,7 @@ class StreamingLLM(Method):
     acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
 
     def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-        if self.recent is not None:
-            check_parts(self.keep, "recent", self.recent)
+        check_recent(self.keep, self.recent)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         return [AfterPrefill(layer, self.select) for layer in range(geometry.depth)]
