@@ -11,6 +11,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from corematching.registry import group_names
+
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("parity_vision", "parity_llm")
 
@@ -56,6 +58,9 @@ def table(rows: list) -> str:
     lines += ["", "## Known deviations", ""]
     known = {row.method: row.deviations for row in rows if row.deviations}
     lines += [f"- `{method}`: {text}" for method, text in known.items()]
+    others = [name for name in group_names("method") if name not in {row.method for row in rows}]
+    lines += ["", "## Without a recorded official output", "", ", ".join(f"`{name}`" for name in others) + ".", ""]
+    lines += ["These are tested against hand-computed cases and the properties that every method promises."]
     return "\n".join(lines) + "\n"
 
 

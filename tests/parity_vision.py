@@ -150,7 +150,11 @@ def cdpruner(case: dict, golden: dict[str, Tensor], root: Path) -> Outcome:
     ours = relevance(golden["image_embeds"], F.normalize(golden["text_embeds"], dim=-1).mean(0, keepdim=True))
     keep = case["hyperparameters"]["visual_token_num"]
     picks = determinantal_picks(golden["projected_in"], ours, keep)[0]
-    return same(picks.sort().values, golden["kept"]), gap(ours[0], golden["relevance"])
+    with torch.no_grad():
+        normed = load_tower(root / "model").model.vision_tower.post_layernorm(golden["features_in"])
+    embeds = F.linear(normed, golden["visual_projection"])
+    worst = max(gap(ours[0], golden["relevance"]), gap(embeds, golden["image_embeds"]))
+    return same(picks.sort().values, golden["kept"]), worst
 
 
 def dart(case: dict, golden: dict[str, Tensor], root: Path) -> Outcome:
@@ -170,7 +174,8 @@ def dart(case: dict, golden: dict[str, Tensor], root: Path) -> Outcome:
 CHECKS: dict[str, tuple[Callable[[dict, dict[str, Tensor], Path], Outcome], str]] = {
     "cdpruner": (
         cdpruner,
-        "function level (relevance and selection); minimum and maximum of the relevance per image instead of per batch",
+        "function level (patch embeddings, relevance, selection; text embeddings are recorded ones); minimum and maximum "
+        "of the relevance per image instead of per batch",
     ),
     "dart": (
         dart,
