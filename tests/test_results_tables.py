@@ -269,6 +269,13 @@ def test_hardware_speed_up_is_against_dense_of_the_same_setting(tmp_path, aggreg
     assert alone.rows[0].entries[column].reason == "no dense row with this device, regime and output length"
 
 
+def test_pairwise_speed_up_is_preferred(tmp_path):
+    write_efficiency_cell(tmp_path / "e", "dense", None, end_to_end_ms=50.0)
+    write_efficiency_cell(tmp_path / "e", "fastv", 64, end_to_end_ms=25.0, paired_speedup=2.1)
+    table = table_named(aggregate([tmp_path / "e"]), "hardware")
+    assert [row.entries[-1].text for row in table.rows] == ["1.00", "2.10"]
+
+
 def test_predicted_rows_say_so(tmp_path):
     write_efficiency_cell(tmp_path / "e", "dense", None, end_to_end_ms=5.0, predicted=True)
     (row,) = table_named(aggregate([tmp_path / "e"]), "hardware").rows

@@ -38,7 +38,8 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "pdf.fonttype": 42,
-    "svg.hashsalt": "corematching",
+    # A dollar sign in a label is a dollar sign.
+    "text.parse_math": False,
 }
 
 
@@ -57,6 +58,12 @@ def styles(cells: pd.DataFrame) -> dict[str, dict]:
             chosen[row.method] = {"color": COLOURS[colours % len(COLOURS)], "marker": marker}
             colours += 1
     return chosen
+
+
+def name_of(method: str, keep: object = None) -> str:
+    """A method's label and budget, short enough for a legend."""
+    short = method if len(method) <= 34 else method[:33] + "…"
+    return short if keep is None or keep != keep else f"{short} · {budget(keep)}"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -128,7 +135,9 @@ def pareto(cells: pd.DataFrame, efficiency: pd.DataFrame | None = None, against:
         look = styles(cells)
         for label, line in points.groupby("method", sort=False):
             line = line.sort_values(against)
-            axes.plot(line[against] / factor, line["share"], label=label, linewidth=1.2, markersize=6, **look[label])
+            axes.plot(
+                line[against] / factor, line["share"], label=name_of(label), linewidth=1.2, markersize=6, **look[label]
+            )
         front = frontier(points[against].to_numpy(), points["share"].to_numpy())
         axes.plot(
             *(points[name].to_numpy()[front] / scale for name, scale in ((against, factor), ("share", 1.0))),
@@ -188,14 +197,16 @@ def _keep_panel(axes, cells: pd.DataFrame, swept: pd.DataFrame, look: Mapping[st
     dense = cells[(cells["method_name"] == "dense") & cells["value"].notna()]
     if len(dense):
         row = dense.iloc[0]
-        axes.axhline(row["value"], linewidth=1, label=row["method"], color=look[row["method"]]["color"])
+        axes.axhline(row["value"], linewidth=1, label=name_of(row["method"]), color=look[row["method"]]["color"])
         axes.axhspan(row["low"], row["high"], color="#111111", alpha=0.07, linewidth=0)
     for place, (label, line) in enumerate(swept.groupby("method", sort=False)):
         line = line.assign(keep=line["keep"].map(float)).sort_values("keep")
         spread = np.abs(line[["low", "high"]].to_numpy().T - line["value"].to_numpy())
         # A small horizontal shift, so that intervals at one budget do not hide each other.
         x = line["keep"] * 1.03 ** (place - 1)
-        axes.errorbar(x, line["value"], spread, label=label, linewidth=1.1, markersize=4, capsize=2, **look[label])
+        axes.errorbar(
+            x, line["value"], spread, label=name_of(label), linewidth=1.1, markersize=4, capsize=2, **look[label]
+        )
     axes.set_xscale("log", base=2)
     ticks = sorted(set(swept["keep"].map(float)))
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 5 else 0)
@@ -224,9 +235,7 @@ def heat_map(cells: pd.DataFrame) -> Figure | None:
             text = "—" if not math.isfinite(value) else f"{value:.0f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
         axes.set_xticks(range(len(names)), [title(name) for name in names], rotation=45, ha="right")
-        labels = [
-            f"{row.method} · {budget(row.keep)}" if row.keep is not None else row.method for row in rows.itertuples()
-        ]
+        labels = [name_of(row.method, row.keep) for row in rows.itertuples()]
         axes.set_yticks(range(len(rows)), labels)
         axes.tick_params(length=0)
         figure.colorbar(image, ax=axes, label="% of dense", shrink=0.9)
@@ -248,7 +257,7 @@ def layers(cells: pd.DataFrame) -> Figure | None:
         look = styles(cells)
         for row in rows.itertuples():
             own = traced[traced["row"] == row.row]
-            label = f"{row.method} · {budget(row.keep)}" if row.keep is not None else row.method
+            label = name_of(row.method, row.keep)
             style = {**look[row.method], "markersize": 3, "linewidth": 1.1, "label": label}
             by_layer = np.mean(own["visual_tokens_by_layer"].tolist(), axis=0)
             tokens.plot(np.arange(len(by_layer)), by_layer, drawstyle="steps-mid", **style)
@@ -276,7 +285,8 @@ def breakdown(efficiency: pd.DataFrame) -> Figure | None:
         heights = [len(rows) + 2 for _, rows in settings]
         panels = figure.subplots(len(settings), 1, squeeze=False, gridspec_kw={"height_ratios": heights}).ravel()
         for axes, ((model, device, regime, output), rows) in zip(panels, settings, strict=True):
-            labels = [f"{row.method} · {budget(row.keep)}" for row in rows.itertuples()]
+            rows = rows.sort_values("method_name", key=lambda names: names != "dense", kind="stable")
+            labels = [name_of(row.method, row.keep) for row in rows.itertuples()]
             decode = rows["decode_ms_per_token"] * max(int(output or 1) - 1, 0)
             axes.barh(labels, rows["prefill_ms"], color=COLOURS[0], label="prefill")
             axes.barh(labels, decode, left=rows["prefill_ms"], color=COLOURS[1], label="decode")

@@ -31,7 +31,11 @@ TIMES = {
     "overhead_ms": "Overhead ms",
 }
 BYTES = {"peak_memory_bytes": "Peak memory", "kv_bytes": "KV cache"}
-RATES = {"decode_gb_per_s": ("GB/s", 1.0), "bandwidth_share": ("% of bandwidth", 100.0)}
+RATES = {
+    "flops_share": ("% of FLOP/s", 100.0),
+    "decode_gb_per_s": ("GB/s", 1.0),
+    "bandwidth_share": ("% of bandwidth", 100.0),
+}
 #: What must be equal for two rows to be compared.
 SETTING = ["model", "device", "regime", "output_tokens"]
 
@@ -42,7 +46,8 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Empty if there are none; ``speedup`` is dense end-to-end time over the row's own.
+        Empty if there are none; ``speedup`` is dense end-to-end time over the row's own, taken pair by pair where the
+        row says so (drift of the machine cancels), else from the dense row of the same setting.
     """
     chosen = cells[(cells["kind"] == "efficiency") & cells["bench"].map(lambda row: isinstance(row, dict))]
     fields = [
@@ -53,6 +58,7 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         *TIMES,
         *BYTES,
         *RATES,
+        "paired_speedup",
         *(f"{name}_iqr" for name in TIMES),
     ]
     names = ["id", "folder", "model", "method", "method_name", "keep", "dtype", "hardware", "finished", "flops_total"]
@@ -67,7 +73,8 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         rows[rows["method_name"] == "dense"].drop_duplicates(SETTING, keep="last").set_index(SETTING)["end_to_end_ms"]
     )
     times = [dense.get(tuple(setting), math.nan) for setting in rows[SETTING].itertuples(index=False)]
-    return rows.assign(speedup=pd.Series(times, index=rows.index, dtype=float) / rows["end_to_end_ms"])
+    unpaired = pd.Series(times, index=rows.index, dtype=float) / rows["end_to_end_ms"]
+    return rows.assign(speedup=rows["paired_speedup"].where(rows["paired_speedup"].notna(), unpaired))
 
 
 def hardware_table(rows: pd.DataFrame) -> Table | None:
@@ -105,8 +112,9 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
     )
     caption = (
         "Medians over repeats, ± half the distance between the quartiles, at a forced output length; dense runs in"
-        " the same process and kernel. Speed-up is dense end-to-end time over the row's own. Rows marked predicted come"
-        " from the roofline model, not from a measurement. Bold: best, underlined: second best of a setting."
+        " the same process and kernel. Speed-up is dense end-to-end time over the row's own (median over pairs). Rows"
+        " marked predicted come from the roofline model, not from a measurement. Bold: best, underlined: second best"
+        " of a setting."
     )
     return mark(Table("hardware", "Time and memory", caption, columns, tuple(body)))
 
