@@ -174,8 +174,8 @@ def dart(case: dict, golden: dict[str, Tensor], root: Path) -> Outcome:
 CHECKS: dict[str, tuple[Callable[[dict, dict[str, Tensor], Path], Outcome], str]] = {
     "cdpruner": (
         cdpruner,
-        "function level (patch embeddings, relevance, selection; text embeddings are recorded ones); minimum and maximum "
-        "of the relevance per image instead of per batch",
+        "function level (patch embeddings, relevance, selection; text embeddings are recorded ones); relevance is "
+        "scaled per image instead of per batch",
     ),
     "dart": (
         dart,

@@ -214,12 +214,17 @@ class LayerView(Protocol):
 class VisionView(Protocol):
     """Signals of the vision tower, N images at a time; patches exclude [CLS]."""
 
-    prompt: PromptView
-    features: Tensor
-    """[N, P, d_v] patch features at the feature layer."""
-    cls: Tensor
-    """[N, d_v] the [CLS] feature at the feature layer."""
     grid: tuple[int, int]
+
+    @property
+    def features(self) -> Tensor:
+        """[N, P, d_v] patch features at the feature layer."""
+        ...
+
+    @property
+    def cls(self) -> Tensor:
+        """[N, d_v] the [CLS] feature at the feature layer."""
+        ...
 
     def hidden(self, index: int) -> Tensor:
         """Hidden states [N, P + 1, d_v]; ``index`` counts as transformers' ``hidden_states`` does."""
