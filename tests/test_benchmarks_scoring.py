@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pandas as pd
 import pytest
 
 from corematching.benchmarks import load_benchmark
 from corematching.benchmarks.scoring import score, value_from_samples
 from corematching.errors import UserError
+
+
+def test_benchmarks_are_light_to_import() -> None:
+    """The command line tells wrong input within a second; none of these would let it."""
+    heavy = "{'torch', 'transformers', 'datasets', 'pandas', 'lmms_eval', 'huggingface_hub'}"
+    code = f"import sys, corematching.benchmarks; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def table(rows: list[tuple], *columns: str) -> pd.DataFrame:

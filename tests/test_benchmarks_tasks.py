@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import random
 import time
 from pathlib import Path
@@ -379,6 +380,20 @@ def test_environment_is_left_alone(harness, source, monkeypatch: pytest.MonkeyPa
         held = {**stock, **vars(stock.get("server") or stock["mmbench_evaluator"])}
         assert "sk-very-secret" not in repr(held)
     assert "sk-very-secret" not in repr(task.dump_config())
+
+
+def test_building_and_overhead_are_measured(harness, source) -> None:
+    """The measuring script runs, and building the ten tasks stays far below its limit."""
+    spec = importlib.util.spec_from_file_location(
+        "bench", Path(__file__).parent.parent / "scripts" / "bench_harness.py"
+    )
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    numbers = bench.measure(N)
+    assert set(numbers["benchmarks"]) == set(BENCHMARKS)
+    assert all(row["questions"] >= N for row in numbers["benchmarks"].values())
+    assert numbers["overhead_ms"] > 0
+    assert numbers["build_s"] < bench.BUILD_LIMIT
 
 
 # --- judge -----------------------------------------------------------------------------------------------------------

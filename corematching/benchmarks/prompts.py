@@ -7,9 +7,12 @@ dataset row and returns the user's turn; the model side puts the conversation te
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
+
+from corematching.errors import UserError
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_EN = "Answer with the option's letter from the given choices directly."
@@ -67,8 +70,21 @@ def middle_frame(row: dict[str, Any]) -> list[Image.Image]:
     return [images[len(images) // 2].convert("RGB")]
 
 
-TEXTS = {
-    function.__name__: function
-    for function in (textvqa_with_ocr, textvqa_without_ocr, vizwiz, mmvet, mmbench_en, mmbench_cn)
+_FUNCTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], ...]] = {
+    "text": (textvqa_with_ocr, textvqa_without_ocr, vizwiz, mmvet, mmbench_en, mmbench_cn),
+    "visual": (middle_frame,),
 }
-VISUALS = {"middle_frame": middle_frame}
+
+
+def named(kind: str, name: str) -> Callable[[dict[str, Any]], Any]:
+    """The function that a benchmark file means; `kind` is ``"text"`` or ``"visual"``.
+
+    Raises
+    ------
+    UserError
+        If there is none of this name; the message lists the valid ones.
+    """
+    functions = {function.__name__: function for function in _FUNCTIONS[kind]}
+    if name not in functions:
+        raise UserError(f"unknown prompt {kind} {name!r}; valid names: {', '.join(functions)}")
+    return functions[name]

@@ -133,10 +133,10 @@ def _config(
     config = stock_config(part)
     config.update(dataset_path=None, dataset_name=None, dataset_kwargs=None, process_docs=None)
     if variant.text is not None:
-        text = prompts.TEXTS[variant.text]
+        text = prompts.named("text", variant.text)
         config.update(doc_to_text=lambda doc, _kwargs=None: text(doc))
     if variant.visual is not None:
-        config.update(doc_to_visual=prompts.VISUALS[variant.visual])
+        config.update(doc_to_visual=prompts.named("visual", variant.visual))
     generation = dict(config.get("generation_kwargs") or {})
     if variant.max_new_tokens is not None:
         generation = {"max_new_tokens": variant.max_new_tokens, "do_sample": False, "temperature": 0, "num_beams": 1}
