@@ -91,7 +91,7 @@ def matching_evidence(model: Any, processor: Any, example: Example, rho: float =
     pictures = prepare_images([example.image], "pad", processor)
     text = render(processor, example.question, 1, "llava15")
     inputs = processor(text=text, images=pictures, return_tensors="pt").to(model.device, dtype=model.dtype)
-    layers = family.decoder(model).layers
+    layers: Any = family.decoder(model).layers
     entered: list[torch.Tensor] = []
     activated: list[torch.Tensor] = []
     hooks = [layer.mlp.register_forward_pre_hook(lambda _, args: entered.append(args[0])) for layer in layers]

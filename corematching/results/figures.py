@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -25,7 +26,7 @@ from corematching.results.tables import FLOPS_UNITS, MINI_BANNER, budget, unit_s
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B4EA3", "#8C6D31")
 GREYS = ("#999999", "#6B6B6B", "#BBBBBB")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-STYLE = {
+STYLE: Any = {  # matplotlib types the keys of such dictionaries, one by one
     "figure.dpi": 100,
     "savefig.dpi": 160,
     "font.family": "DejaVu Sans",

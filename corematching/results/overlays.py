@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.png"):
         leftover.unlink()
-    asked = [Question(one.question, lambda image=one.image: [image], {"max_new_tokens": 16}) for one in examples]
+    asked = [Question(one.question, partial(_pictures, one), {"max_new_tokens": 16}) for one in examples]
     entries: list[dict[str, Any]] = []
     for place, one in enumerate(examples):
         first = next(index for index, other in enumerate(examples) if other.image == one.image)
@@ -160,6 +161,10 @@ def load(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if found.get("schema") == SCHEMA and complete else None
+
+
+def _pictures(example: Example) -> list[Any]:
+    return [example.image]
 
 
 def _stages(by_layer: Sequence[Any]) -> list[dict[str, Any]]:
