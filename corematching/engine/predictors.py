@@ -55,8 +55,8 @@ def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Pre
     predictors = {}
     for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         weight = layer.mlp.gate_proj.weight
-        parts = [tensors.get(f"layers.{index}.{part}") for part in PARTS]
-        if any(part is None for part in parts) or (len(parts[1]), parts[0].shape[1]) != tuple(weight.shape):
+        parts = [tensors[name] for name in (f"layers.{index}.{part}" for part in PARTS) if name in tensors]
+        if len(parts) < len(PARTS) or (len(parts[1]), parts[0].shape[1]) != tuple(weight.shape):
             raise UserError(f"predictor={file!r}: {path.name} was made for another model (layer {index} does not fit)")
         predictors[index] = Predictor(*(part.to(weight) for part in parts))
     return predictors

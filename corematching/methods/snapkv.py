@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from corematching.errors import UserError
@@ -22,7 +24,7 @@ from corematching.methods.base import (
 )
 from corematching.methods.kv import attention_received, distance_from_end, keep_best, kept_counts, per_row
 
-POOLINGS = {"avg": avg_pool1d, "max": max_pool1d}
+POOLINGS: dict[str, Callable[..., Tensor]] = {"avg": avg_pool1d, "max": max_pool1d}
 
 
 @dataclass(frozen=True)
