@@ -126,10 +126,22 @@ def record_experiment(cells: pd.DataFrame, folder: Path, images: int) -> Path:
         weights=chosen["weights"],
         dtype=chosen["dtype"],
         num_layers=chosen.get("num_layers"),
-        revision=chosen["revision"] if first["data"] != "mini" else None,
+        # Weights that lie in a folder are identified by a digest, which is no revision to ask a hub for.
+        revision=None if is_bundled(chosen) or Path(chosen["path"]).expanduser().is_dir() else chosen["revision"],
     )
     generator = Generator(model, processor, first["prompt"], first["image_mode"] or "pad")
     return record(generator, variants_of(methods_of(group).to_dict("records")), examples, folder)
+
+
+def is_bundled(model: Mapping[str, Any]) -> bool:
+    """Whether a cell's model config names weights inside this package."""
+    return str(model["path"]).startswith("packaged:") and model["weights"] == "pretrained"
+
+
+def uses_bundled_model(cells: pd.DataFrame) -> bool:
+    """Whether all finished cells are of a bundled model (and there are any)."""
+    done = cells.loc[cells["status"] == "done", "model_config"]
+    return len(done) > 0 and all(is_bundled(model) for model in done)
 
 
 def stored_examples(cell: pd.Series, count: int) -> list[Example]:

@@ -6,6 +6,7 @@ Imports pandas, scipy and matplotlib only when called: the runner imports this m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,18 +40,9 @@ def publish(
     UserError
         If a folder is no experiment folder.
     """
-    from corematching.results.aggregate import aggregate, write_tables
+    from corematching.results.aggregate import aggregate
 
-    target = Path(out or folders[0])
-    aggregation = aggregate(folders)
-    written = write_tables(aggregation, target / "tables")
-    if figures:
-        written += write_all_figures(aggregation, target / "figures")
-    if report:
-        from corematching.results.report import write_report
-
-        written.append(write_report(aggregation, target / "report.html", Path(folders[0]) / OVERLAYS))
-    return written
+    return _write(aggregate(folders), Path(out or folders[0]), Path(folders[0]) / OVERLAYS, figures, report)
 
 
 def publish_run(
@@ -67,17 +59,53 @@ def publish_run(
     log_media
         ``Tracker.log_media``: given a function that makes media, logs them if there is a tracker.
     """
-    try:
-        from corematching.results.aggregate import aggregate
+
+    def overlays() -> None:
+        from corematching.results.overlays import record_experiment, uses_bundled_model
+
+        cells = aggregated().cells
+        if uses_bundled_model(cells):
+            # Loading it once more takes a second; for real models there is scripts/report.py --overlays N.
+            record_experiment(cells, folder / OVERLAYS, images=3)
+
+    def report() -> None:
+        _write(aggregated(), folder, folder / OVERLAYS)
+        say(f"report: {folder / 'report.html'} (tables and figures beside it)")
+
+    def tracked() -> None:
         from corematching.results.dashboard import media
 
-        publish([folder])
-        log_media(lambda: media(aggregate([folder])))
-        say(f"report: {folder / 'report.html'} (tables and figures beside it)")
-    except ImportError as error:
-        say(f"no report: the package {error.name} is not installed (extra 'report'); the results are stored")
-    except Exception as error:  # hours of computing must not end in a traceback of a drawing
-        say(f"no report ({type(error).__name__}: {' '.join(str(error).split())[:200]}); the results are stored")
+        log_media(lambda: media(aggregated()))
+
+    @cache
+    def aggregated() -> Aggregation:
+        from corematching.results.aggregate import aggregate
+
+        return aggregate([folder])
+
+    for what, action in (("overlays", overlays), ("report", report), ("tracked tables", tracked)):
+        try:
+            action()
+        except ImportError as error:
+            say(f"no {what}: the package {error.name} is not installed; the results are stored")
+        except Exception as error:  # hours of computing must not end in the traceback of a drawing
+            reason = " ".join(str(error).split())[:200]
+            say(f"no {what} ({type(error).__name__}: {reason}); the results are stored")
+
+
+def _write(
+    aggregation: Aggregation, target: Path, overlay_folder: Path, figures: bool = True, report: bool = True
+) -> list[Path]:
+    from corematching.results.aggregate import write_tables
+
+    written = write_tables(aggregation, target / "tables")
+    if figures:
+        written += write_all_figures(aggregation, target / "figures")
+    if report:
+        from corematching.results.report import write_report
+
+        written.append(write_report(aggregation, target / "report.html", overlay_folder))
+    return written
 
 
 def write_all_figures(aggregation: Aggregation, folder: Path) -> list[Path]:
