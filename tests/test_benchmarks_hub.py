@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -96,6 +97,27 @@ def test_failed_run_is_continued_by_the_next(hub: FakeHub, tmp_path: Path) -> No
     done = download(hub, tmp_path, "--benchmarks", "pope")
     assert done.returncode == 0, done.stderr
     assert [span for name, span in hub.contents() if name == SHARD] == ["bytes=50000-"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_partial_file_of_full_length_is_judged_by_its_sum(
+    hub: FakeHub, repositories: Path, tmp_path: Path, whole: bool
+) -> None:
+    """A run that was killed after the last byte; with the right bytes nothing is fetched again."""
+    data = (repositories / "lmms-lab-encoder" / "POPE" / "Full" / SHARD).read_bytes()
+    blobs = tmp_path / "hub" / "datasets--lmms-lab-encoder--POPE" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hashlib.sha256(data).hexdigest()}.part").write_bytes(data if whole else data[::-1])
+    done = download(hub, tmp_path, "--benchmarks", "pope")
+    assert done.returncode == 0, done.stderr
+    assert [span for name, span in hub.contents() if name == SHARD] == ([] if whole else [None])
+
+
+def test_connected_run_fetches_what_it_needs_and_says_so(hub: FakeHub, tmp_path: Path) -> None:
+    done = run(hub, tmp_path, "-c", READ_ROWS)
+    assert done.returncode == 0, done.stderr
+    assert "fetching lmms-lab-encoder/POPE: 0." in done.stderr
+    assert len(hub.contents()) == 3
 
 
 def test_damaged_transfer_and_damaged_cache_are_noticed(hub: FakeHub, tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import http.client
 import re
 import shutil
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -290,11 +290,12 @@ def _fetch_file(plan: Plan, file: File, progress: Progress) -> None:
         if attempt:
             time.sleep(min(8.0, 0.25 * 2**attempt))
         try:
-            _receive(plan, file, partial, progress)
-        except (OSError, urllib.error.URLError) as error:
+            if _size(partial) < file.size or not partial.exists():
+                _receive(plan, file, partial, progress)
+        except (OSError, http.client.HTTPException) as error:
             problem = f"the transfer broke ({error})"
             continue
-        if _size(partial) != file.size:
+        if _size(partial) < file.size:
             problem = "the transfer broke"
         elif _digest(partial, file) != file.digest:
             progress(-_size(partial))
