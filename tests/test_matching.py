@@ -73,9 +73,6 @@ def test_trace_shows_the_promised_average(name, shallow):
         ("random", 64, {"keep": 64}),
         ("topv", 128, {"keep": 82}),  # three layers see everything: (32 * 128 - 3 * 576) / 29 = 81.7
         ("dart", 192, {"keep": 160}),  # 4 + 20 * 8 = 164 are the nearest to 166
-        ("visionzip", 64, {"dominant": 54, "contextual": 10}),
-        ("visionzip", 128, {"dominant": 108, "contextual": 20}),
-        ("visionzip", 192, {"dominant": 162, "contextual": 30}),
         ("corematching", 192, {"threshold": "keep", "keep": 166}),
     ],
 )

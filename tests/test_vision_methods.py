@@ -28,6 +28,7 @@ REDUCED = {
     "prumerge_plus": ({"keep_ratio": 0.2}, 12 + 13 + 1),
     "prumerge_plus adaptive": ({}, None),
     "visionzip": ({"dominant": 9, "contextual": 4}, 13),
+    "visionzip by keep": ({"keep": 12}, 12),
     "visionzip dominant only": ({"dominant": 9, "contextual": 0}, 9),
     "fastervlm": ({"keep": 10}, 10),
     "vtc_cls": ({"layer": 1, "keep": 10}, 10),
@@ -92,6 +93,22 @@ def test_batches_budgets_caches_and_removal(case, random_llava, prompts):
         (sample,) = trace.drain()
         assert [layer.keys.shape[2] for layer in cache.layers] == sample.kv_lengths == sample.llm_tokens
     assert torch.equal(random_llava(**prompts[0]).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["tome", "tome_pre_llm", "prumerge adaptive", "fastervlm", "dart", "pooling"])
+def test_a_prompt_without_image_shares_a_batch(case, random_llava, prompts):
+    batch = left_pad([make_prompt(7, images=0), prompts[2]])
+    text_only = {key: batch[key][:1] for key in ("input_ids", "attention_mask")}
+    with build(case)(random_llava) as trace:
+        together = random_llava(**batch).logits
+        without, with_image = trace.drain()
+        alone = random_llava(**prompts[2]).logits
+        dense = random_llava(**text_only).logits
+    torch.testing.assert_close(together[0, -1], dense[0, -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together[1, -1], alone[0, -1], atol=1e-4, rtol=1e-4)
+    assert without.image_tokens == 0
+    assert len(with_image.visual_tokens[-1]) < with_image.image_tokens == 2 * IMAGE_TOKENS
 
 
 @torch.no_grad()
@@ -189,6 +206,11 @@ def test_pooling_averages_neighbours(random_llava):
     assert trace.samples[0].visual_tokens[0].tolist()[:5] == [9, 11, 13, 15, 25]
 
 
+@pytest.mark.parametrize(("keep", "split"), [(64, (54, 10)), (128, (108, 20)), (192, (162, 30)), (1, (1, 0))])
+def test_visionzip_splits_keep_as_the_official_settings_do(keep, split):
+    assert cm.build_method("visionzip", keep=keep).split(576) == split
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
@@ -212,6 +234,7 @@ def test_bad_parameters_are_named(name, parameters, message):
     [
         ("tome", {"r": [1, 2, 3, 4, 5]}, r"5 blocks.*has 4"),
         ("visionzip", {"dominant": 60, "contextual": 6}, r"66 tokens.*at most 65"),
+        ("visionzip", {"keep": 65}, r"keep=65 .*64"),
         ("vtc_cls", {"layer": 3, "keep": 10}, r"layer=3 .*0 to 2"),
         ("fastervlm", {"keep": 65}, r"keep=65 .*64"),
         ("cdpruner", {"keep": 10}, r"text_model=None"),

@@ -18,8 +18,8 @@ class ClipText:
 
     def __init__(self, clip_path: str, llm_path: str, device: torch.device, dtype: torch.dtype) -> None:
         try:
-            self.clip: Any = CLIPModel.from_pretrained(clip_path, dtype=dtype)
-            self.clip.to(device).eval()
+            clip: torch.nn.Module = CLIPModel.from_pretrained(clip_path, dtype=dtype)
+            self.clip: Any = clip.to(device).eval()
             self.tokenizer: Any = AutoTokenizer.from_pretrained(clip_path)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]

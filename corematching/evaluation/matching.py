@@ -149,12 +149,6 @@ def _geometric(
 
 
 # ------------------------------------------------------------------------------------------------------- vision side
-def _visionzip(name: str, parameters: Parameters, target: float, shape: Shape) -> dict[str, Any]:
-    """The official split: 54 + 10 of 64 tokens, 108 + 20 of 128, 162 + 30 of 192."""
-    contextual = round(target * 10 / 64)
-    return {"dominant": max(1, round(target) - contextual), "contextual": contextual}
-
-
 def _prumerge(name: str, parameters: Parameters, target: float, shape: Shape) -> dict[str, Any]:
     """One token is the extra one; half a token more keeps truncation from taking one off."""
     return {"keep_ratio": min(1.0, (max(2, round(target)) - 0.5) / shape.tokens)}
@@ -189,12 +183,11 @@ def _tome(name: str, parameters: Parameters, target: float, shape: Shape) -> dic
 _RULES: dict[str, Callable[[str, Parameters, float, Shape], dict[str, Any]]] = {
     **dict.fromkeys(("random", "uniform", "pooling", "fastv"), _one_drop),
     **dict.fromkeys(("core_tokens", "corematching"), _held_to_a_budget),
-    **dict.fromkeys(("fastervlm", "vtc_cls", "divprune", "cdpruner", "tome_pre_llm"), _before_the_llm),
+    **dict.fromkeys(("visionzip", "fastervlm", "vtc_cls", "divprune", "cdpruner", "tome_pre_llm"), _before_the_llm),
     "topv": _after_its_layer,
     "dart": _dart,
     "pyramiddrop": _pyramiddrop,
     "sparsevlm": _sparsevlm,
-    "visionzip": _visionzip,
     "prumerge": _prumerge,
     "prumerge_plus": _prumerge_plus,
     "tome": _tome,

@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput, VisionView
+from corematching.methods.base import (
+    Budget,
+    Geometry,
+    Method,
+    Replace,
+    Stage,
+    VisionOutput,
+    VisionView,
+    check_budget,
+    check_count,
+    count_of,
+)
 
 
 @dataclass(frozen=True)
@@ -36,22 +47,40 @@ class VisionZip(Method):
         Dominant tokens per image, [CLS] included.
     contextual
         Contextual tokens per image; 0 leaves them out.
+    keep
+        Both in one (count or fraction of the patches), split as the official settings are: 54 + 10 of 64 tokens,
+        108 + 20 of 128, 162 + 30 of 192. None takes ``dominant`` and ``contextual``.
     """
 
     dominant: int
     contextual: int
+    keep: Budget | None
     acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __post_init__(self) -> None:
         for name, value, least in (("dominant", self.dominant, 1), ("contextual", self.contextual, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{name}={value!r} is not valid: give a count >= {least}")
+        if self.keep is not None:
+            check_budget("keep", self.keep)
+
+    def split(self, patches: int) -> tuple[int, int]:
+        """Dominant and contextual tokens of an image of so many patches."""
+        if self.keep is None:
+            return self.dominant, self.contextual
+        total = count_of(self.keep, patches)
+        contextual = round(total * 10 / 64)
+        return total - contextual, contextual
 
     def stages(self, geometry: Geometry) -> list[Stage]:
-        total, patches = self.dominant + self.contextual, geometry.image_tokens
+        patches = geometry.image_tokens
+        if self.keep is not None:
+            check_count("keep", self.keep, patches)
+        dominant, contextual = self.split(patches)
+        total = dominant + contextual
         if total > patches + 1:
             raise UserError(
-                f"dominant={self.dominant} and contextual={self.contextual} are {total} tokens, more than the "
+                f"dominant={dominant} and contextual={contextual} are {total} tokens, more than the "
                 f"{patches} patches of an image and [CLS]: give at most {patches + 1} in all"
             )
         if total >= patches:
@@ -61,10 +90,9 @@ class VisionZip(Method):
         def select(view: VisionView) -> Replace:
             scores = view.cls_attention(layer).sum(1)
             hidden = torch.cat([view.cls[:, None], view.features], 1)
-            tokens, patch = zip_tokens(hidden, scores, view.keys(layer).mean(2), self.dominant, self.contextual)
-            rest = patches + 1 - self.dominant
-            view.spend(2 * rest * self.contextual * view.keys(layer).shape[-1])
-            origin = patch.masked_fill(torch.arange(total, device=patch.device) >= self.dominant, -1)
+            tokens, patch = zip_tokens(hidden, scores, view.keys(layer).mean(2), dominant, contextual)
+            view.spend(2 * (patches + 1 - dominant) * contextual * view.keys(layer).shape[-1])
+            origin = patch.masked_fill(torch.arange(total, device=patch.device) >= dominant, -1)
             return Replace(tokens, origin, slot=torch.zeros_like(origin))
 
         return [VisionOutput(select, renumber=True)]
