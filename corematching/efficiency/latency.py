@@ -87,10 +87,10 @@ def timed_answer(
 ) -> Run:
     """Answer once with a forced length and note the time at each of ``output_tokens``."""
     with method(model) as trace, torch.inference_mode():
-        return _answer(model, trace, inputs, sorted(output_tokens), engine)
+        return answer(model, trace, inputs, sorted(output_tokens), engine)
 
 
-def _answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int], engine: str) -> Run:
+def answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int], engine: str) -> Run:
     device = model.device
     steps = lengths[-1] - 1
     with peak_memory(device) as peak:
@@ -152,8 +152,8 @@ def in_turns(
         for subject, runs in order if repeat % 2 == 0 else order[::-1]:
             with subject(model) as trace, torch.inference_mode():
                 for _ in range(warm_ups if repeat == 0 or model.device.type == "cuda" else 0):
-                    _answer(model, trace, inputs, lengths, engine)
-                runs.append(_answer(model, trace, inputs, lengths, engine))
+                    answer(model, trace, inputs, lengths, engine)
+                runs.append(answer(model, trace, inputs, lengths, engine))
     return pair
 
 

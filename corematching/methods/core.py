@@ -31,11 +31,14 @@ def token_core_neurons(activations: Tensor, rho: float) -> Tensor:
     wanted = (total.double() * rho + 1e-9).floor().long().clamp(min=1)
     wanted = wanted.minimum(total.clamp(min=1).long())
     if activations.device.type == "cpu":
-        most = int(wanted.max())  # sorting no deeper than needed halves the cost; on a GPU asking would synchronise
-    else:
+        # Sorting is what costs: select the deepest top first, then sort only the part where tokens' thresholds lie.
+        most, fewest = int(wanted.max()), int(wanted.min())
+        largest = activations.topk(most, dim=-1, sorted=False).values
+        lowest = largest.topk(most - fewest + 1, dim=-1, largest=False).values
+        threshold = lowest.gather(-1, most - wanted)
+    else:  # asking for these counts would synchronise
         most = max(1, min(activations.shape[-1], int(activations.shape[-1] * rho + 1e-9)))
-    largest = activations.topk(most, dim=-1).values
-    threshold = largest.gather(-1, wanted - 1)
+        threshold = activations.topk(most, dim=-1).values.gather(-1, wanted - 1)
     # A token without positive activations has no core neurons: its threshold is not positive, so nothing may reach it.
     return activations >= threshold.masked_fill(total == 0, torch.inf)
 

@@ -1,0 +1,254 @@
+"""The efficiency road: ``python run.py +experiment=efficiency`` measures time and memory, never accuracy.
+
+Cells go into the same store as accuracy cells, with ``kind: efficiency`` and one row per output length under ``bench``
+(see :mod:`corematching.efficiency.rows`). A finished row is not measured again. Rows for other hardware are predictions
+and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from corematching import build_method, compose, load_model
+from corematching.efficiency.breakeven import measure_break_even
+from corematching.efficiency.hardware import THIS, this_machine
+from corematching.efficiency.latency import fixed_inputs
+from corematching.efficiency.memory import keep_freed_memory
+from corematching.efficiency.offloaded import measure_offloaded
+from corematching.efficiency.peaks import measure_peaks
+from corematching.efficiency.roofline import Hardware
+from corematching.efficiency.rows import Measured, Protocol, measure, predicted_row
+from corematching.efficiency.table import print_rows, run_table
+from corematching.errors import UserError
+from corematching.evaluation import provenance
+from corematching.evaluation.cells import Cell
+from corematching.evaluation.experiment import Row, method_rows, model_identity
+from corematching.methods.base import Method
+from corematching.models.families import family_of
+from corematching.results.store import SCHEMA, Store
+
+
+def run(config: DictConfig) -> int:
+    """Measure what the store lacks and print the table.
+
+    Returns
+    -------
+    int
+        Exit status: 0 all rows are there, 1 some failed.
+
+    Raises
+    ------
+    UserError
+        For a wrong setting, or a method that does not fit the model.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    bench = Bench(settings)
+    pending = [row for row in bench.rows if not bench.is_done(row)]
+    print(
+        f"{settings['experiment']}: {len(bench.rows)} methods on {settings['model']['name']}, {len(pending)} to measure"
+    )
+    if pending:
+        bench.prepare(pending)
+    for row in pending:
+        print(f"  {row.label}{'' if row.keep is None else f' keep={row.keep}'} ...", flush=True)
+        bench.measure(row)
+    return bench.conclude()
+
+
+class Bench:
+    """One efficiency experiment: its settings, its store and, once something is to be measured, the model."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+        values = dict(settings["efficiency"])
+        values["output_tokens"] = tuple(values["output_tokens"])
+        self.protocol = _protocol(values)
+        self.rows = tuple(method_rows(settings))
+        self.identity = model_identity(settings["model"])
+        name = settings["hardware"]["name"]
+        self.elsewhere: Hardware | None = None if name == THIS else Hardware(**settings["hardware"])
+        self.machine = provenance.hardware() | {"threads": torch.get_num_threads()}
+        self.store = Store(Path(settings["results_dir"]).expanduser() / settings["experiment"])
+        self.failed = 0
+
+    # ------------------------------------------------------------------------------------------------------- cells
+    def cell(self, row: Row, tokens: int, regime: str = "resident", device: str | None = None) -> Cell:
+        """The cell of a method's row; ``device`` names the hardware of a prediction."""
+        protocol = self.protocol
+        config = {
+            "kind": "efficiency",
+            "model": self.identity,
+            "method": {"name": row.method, **row.parameters},
+            "benchmark": {"name": "efficiency", "data": "synthetic", "version": "1", "limit": None},
+            "prompt": f"{protocol.before} + image + {protocol.after} tokens",
+            "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats},
+            "seed": self.settings["seed"],
+            "regime": regime,
+            "hardware": self.machine if device is None else {"predicted_for": device},
+        }
+        labels = {"model": self.identity["name"], "method": row.label, "keep": row.keep}
+        return Cell.of(config, **labels, benchmark="efficiency", data="synthetic")
+
+    def cells(self, row: Row) -> list[Cell]:
+        """Every cell of a method: measured, then predicted."""
+        lengths = self.protocol.output_tokens
+        cells = [self.cell(row, tokens) for tokens in lengths]
+        if self.elsewhere is not None:
+            cells += [self.cell(row, tokens, "predicted", self.elsewhere.name) for tokens in lengths]
+            if torch.cuda.is_available():
+                cells += [self.cell(row, tokens, self._limited()) for tokens in lengths]
+        return cells
+
+    def is_done(self, row: Row) -> bool:
+        records = [self.store.read(cell.id) for cell in self.cells(row)]
+        return all(record is not None and record["status"] == "done" for record in records)
+
+    def _limited(self) -> str:
+        assert self.elsewhere is not None
+        return f"offloaded ({self.elsewhere.memory / 1e9:g} GB)"
+
+    # --------------------------------------------------------------------------------------------------- measuring
+    def prepare(self, pending: list[Row]) -> None:
+        """Load the model, check every method against it, measure the machine's peaks and the gathering's break-even."""
+        keep_freed_memory()
+        chosen = self.settings["model"]
+        self.model, _ = load_model(
+            chosen["name"] if chosen["weights"] == "random" else chosen["path"],
+            weights=chosen["weights"],
+            dtype=self.identity["dtype"],
+            device=None if chosen["device"] == "auto" else chosen["device"],
+            num_layers=chosen["num_layers"],
+            revision=chosen["revision"],
+            seed=self.settings["seed"],
+        )
+        geometry = family_of(self.model.config).geometry(self.model.config)
+        self.methods = {row: _method(row) for row in pending}
+        for method in self.methods.values():
+            method.stages(geometry)
+        self.dense = build_method("dense")
+        self.inputs = fixed_inputs(self.model, self.protocol.before, self.protocol.after)
+        self.peaks = measure_peaks(self.model.device, self.model.dtype)
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        self.here = this_machine(self.peaks, self.model.dtype, self.model.device)
+        print(
+            f"  measured peaks: copy {self.peaks.copy_bandwidth / 1e9:.1f} GB/s, "
+            f"read {self.peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {self.peaks.flops / 1e12:.3g} TFLOP/s"
+        )
+        depth = geometry.depth
+        if depth < (full := _full_depth(chosen, depth)):
+            print(f"  {depth} of {full} decoder layers: times are of the slice, nothing is extrapolated in the table")
+        mlp = family_of(self.model.config).decoder(self.model).layers[0].mlp
+        if (found := measure_break_even(mlp, 0.4)) is not None:
+            print(f"  core neurons, keep 0.4: {found}")
+
+    def measure(self, row: Row) -> None:
+        """Measure one method in every regime asked for, and store its cells."""
+        started = datetime.now(UTC)
+        method, protocol = self.methods[row], self.protocol
+        try:
+            resident = measure(self.model, self.dense, method, self.inputs, protocol, self.peaks)
+            self._write(row, resident, started)
+            if self.elsewhere is not None:
+                if self.model.device.type == "cuda":
+                    limited = measure_offloaded(
+                        self.model, method, self.inputs, protocol, self.peaks, self.elsewhere.memory
+                    )
+                    self._write(row, limited, started, self._limited())
+                self._write_predictions(row, resident, started)
+        except UserError:
+            raise
+        except Exception as error:  # whatever went wrong belongs to this method, and the others go on
+            self.failed += 1
+            print(f"  {row.label} failed: {type(error).__name__}: {error}")
+            if self.settings["debug"]:
+                raise
+
+    def _write(self, row: Row, measured: Measured, started: datetime, regime: str = "resident") -> None:
+        for tokens, bench in measured.rows.items():
+            if regime == "resident":
+                guess = predicted_row(self.model.config, measured.trace, tokens, self.here, self.dtype)
+                bench["predicted_over_measured"] = guess["end_to_end_ms"] / bench["end_to_end_ms"]
+            self._store(self.cell(row, tokens, regime), bench | {"regime": regime}, measured, tokens, started)
+
+    def _write_predictions(self, row: Row, measured: Measured, started: datetime) -> None:
+        assert self.elsewhere is not None
+        # Pascal and Turing have no bfloat16: their rows are predicted at the half precision they do have.
+        known = self.elsewhere.flops
+        dtype = self.dtype if self.dtype in known else "float16"
+        for tokens in self.protocol.output_tokens:
+            bench = predicted_row(self.model.config, measured.trace, tokens, self.elsewhere, dtype)
+            cell = self.cell(row, tokens, "predicted", self.elsewhere.name)
+            self._store(cell, bench | {"dtype": dtype}, measured, tokens, started)
+
+    def _store(self, cell: Cell, bench: dict[str, Any], measured: Measured, tokens: int, started: datetime) -> None:
+        from corematching.evaluation.generator import Answer
+        from corematching.evaluation.trace_summary import summarise
+
+        sample = replace(measured.trace, decode_steps=tokens - 1, head_positions=tokens)
+        finished = datetime.now(UTC)
+        record = {
+            "schema": SCHEMA,
+            "kind": "efficiency",
+            "id": cell.id,
+            "status": "done",
+            "config": cell.config,
+            "labels": cell.label,
+            "metrics": {},
+            "score": None,
+            "n": 0,
+            "trace": summarise([Answer("", tokens, sample)], self.model.config),
+            "timing": {"seconds": (finished - started).total_seconds()},
+            "provenance": {
+                "versions": provenance.versions(),
+                "git_commit": provenance.git_commit(),
+                "hardware": self.machine,
+                "peaks": {"bandwidth": self.peaks.bandwidth, "flops": self.peaks.flops},
+                "started": started.isoformat(timespec="seconds"),
+                "finished": finished.isoformat(timespec="seconds"),
+            },
+            "error": None,
+            "bench": bench,
+        }
+        with self.store.claim(cell.id):
+            self.store.write(record)
+
+    # ------------------------------------------------------------------------------------------------------- table
+    def conclude(self) -> int:
+        """Write and print the table of this experiment's rows."""
+        cells = [cell for row in self.rows for cell in self.cells(row)]
+        records = [record for record in (self.store.read(cell.id) for cell in cells) if record is not None]
+        table = run_table(records)
+        table.write(self.store.root)
+        print_rows(table)
+        print(f"table: {self.store.root / 'table.md'}, {self.store.root / 'table.csv'}")
+        return 1 if self.failed else 0
+
+
+def _protocol(values: dict[str, Any]) -> Protocol:
+    known = set(Protocol.__dataclass_fields__)
+    for name in values:
+        if name not in known:
+            raise UserError(f"unknown setting efficiency.{name}: choose from {', '.join(sorted(known))}")
+    return Protocol(**values)
+
+
+def _method(row: Row) -> Method:
+    parameters = dict(row.parameters)
+    second = parameters.pop("with", None)
+    method = build_method(row.method, **parameters)
+    if second is None:
+        return method
+    second = dict(second)
+    return compose(method, build_method(second.pop("name"), **second))
+
+
+def _full_depth(model: Mapping[str, Any], depth: int) -> int:
+    architecture = model.get("architecture") or {}
+    return (architecture.get("text_config") or {}).get("num_hidden_layers", depth)

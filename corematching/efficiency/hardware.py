@@ -1,0 +1,37 @@
+"""Hardware profiles: ``conf/hardware/<name>.yaml``, or the machine at hand as measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from corematching.efficiency.peaks import Peaks
+from corematching.efficiency.roofline import Hardware
+from corematching.errors import UserError
+from corematching.registry import CONF, group_names
+
+THIS = "this"
+
+
+def load_hardware(name: str) -> Hardware:
+    """A public profile by its file name.
+
+    Raises
+    ------
+    UserError
+        For an unknown name; ``this`` has no public figures, see :func:`this_machine`.
+    """
+    valid = [known for known in group_names("hardware") if known != THIS]
+    if name not in valid:
+        raise UserError(f"unknown hardware {name!r}: choose from {', '.join(valid)}")
+    values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "hardware" / f"{name}.yaml"))
+    return Hardware(**values)
+
+
+def this_machine(peaks: Peaks, dtype: torch.dtype, device: torch.device) -> Hardware:
+    """The machine at hand, from its measured peaks; its memory is taken as sufficient."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    rate = {str(dtype).removeprefix("torch."): peaks.flops}
+    return Hardware(name, rate, peaks.bandwidth, float("inf"), peaks.copy_bandwidth, measured=True)

@@ -1,0 +1,108 @@
+"""Measuring the memory-limited regime: dense streams FFN weights for every token, chosen neurons stay resident."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corematching import build_method
+from corematching.efficiency.latency import Pair, Run, Spread, answer
+from corematching.efficiency.peaks import Peaks
+from corematching.efficiency.roofline import Sizes
+from corematching.efficiency.rows import Measured, Protocol, row_of
+from corematching.engine.offload import memory_budget, offload, resident_layers
+from corematching.methods.base import ChooseNeurons, Method
+from corematching.models.families import family_of
+
+WORKSPACE = 0.6e9
+"""Bytes set aside on a GPU for activations, the allocator's slack and library workspaces."""
+
+
+def plan(model: Any, method: Method, budget: float, prompt_tokens: int, room: int) -> int:
+    """How many FFNs stay whole on the device under a budget.
+
+    Parameters
+    ----------
+    budget
+        Bytes of device memory for everything.
+    prompt_tokens, room
+        Length of the prompt and of the answer: their KV cache is kept twice while a static decoder takes it over.
+
+    Raises
+    ------
+    UserError
+        If the budget is too small for any split.
+    """
+    config, family = model.config, family_of(model.config)
+    geometry = family.geometry(config)
+    element = torch.finfo(model.dtype).bits // 8
+    sizes = Sizes.of(config)
+    text = config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv = 2 * geometry.depth * text.num_key_value_heads * head_dim * element * (2 * prompt_tokens + room)
+    others = (sizes.total - sizes.depth * sizes.neuron * sizes.ffn_width) * element + kv
+    workspace = WORKSPACE if model.device.type == "cuda" else 0.0
+    ffn = sizes.neuron * sizes.ffn_width * element
+    return resident_layers(budget - others - workspace, ffn, geometry.depth, _share(method, geometry))
+
+
+def _share(method: Method, geometry: Any) -> float:
+    """Kept share of the FFNs if the method chooses neurons in every layer once per prompt, else 0."""
+    stages = [stage for stage in method.stages(geometry) if isinstance(stage, ChooseNeurons)]
+    if len({stage.layer for stage in stages}) < geometry.depth:
+        return 0.0
+    parameters = method.parameters
+    parts = [parameters, parameters.get("first", {}), parameters.get("second", {})]
+    shares = [part[name] for part in parts for name in ("beta", "keep") if isinstance(part.get(name), float)]
+    return max(shares, default=1.0)
+
+
+def measure_offloaded(
+    model: Any, method: Method, inputs: dict[str, Tensor], protocol: Protocol, peaks: Peaks, budget: float
+) -> Measured:
+    """Time a method and dense under a device memory budget, in turns.
+
+    Each gets the split that suits it best. Dense decodes eagerly, since a captured step cannot fetch weights; a method
+    that keeps its neurons uses the protocol's engine.
+
+    Parameters
+    ----------
+    budget
+        Bytes of device memory.
+    """
+    dense = build_method("dense")
+    lengths = sorted(protocol.output_tokens)
+    prompt = inputs["input_ids"].shape[1]
+    pair, streamed = Pair(), 0
+    for _ in range(protocol.repeats):
+        for subject, runs in ((dense, pair.dense), (method, pair.method)):
+            resident = plan(model, subject, budget, prompt, lengths[-1])
+            keeps = _share(subject, family_of(model.config).geometry(model.config)) > 0
+            engine = protocol.engine if keeps or resident == model.config.text_config.num_hidden_layers else "eager"
+            run, moved = _offloaded_answer(model, subject, inputs, lengths, engine, resident, budget)
+            runs.append(run)
+            if subject is method:
+                streamed = moved
+    measured = Measured(pair, Spread(0.0, 0.0), streamed)
+    for tokens in lengths:
+        row = row_of(model.config, measured, tokens, peaks, model.dtype, protocol, regime="offloaded")
+        # The reads of a streaming step come over the link: bandwidth figures of device memory would mislead.
+        hidden = ("decode_gb_per_s", "bandwidth_share", "flops_share", "byte_limit_decode_speedup", "overhead_ms")
+        row |= dict.fromkeys((name for name in hidden if name in row), None)
+        measured.rows[tokens] = row | {"memory_budget_bytes": budget, "streamed_bytes": streamed}
+    return measured
+
+
+def _offloaded_answer(
+    model: Any, method: Method, inputs: dict[str, Tensor], lengths: list[int], engine: str, resident: int, budget: float
+) -> tuple[Run, int]:
+    """One timed answer, after a warm-up one, and the bytes it streamed."""
+    with offload(model, resident) as traffic, memory_budget(model.device, budget):
+        with method(model) as trace, torch.inference_mode():
+            answer(model, trace, inputs, lengths, engine)
+            before = replace(traffic)
+            run = answer(model, trace, inputs, lengths, engine)
+        return run, traffic.bytes - before.bytes

@@ -1,0 +1,162 @@
+"""Efficiency rows: what a method's runs amount to, beside dense runs taken in turns and this machine's peaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corematching.efficiency.flops import flops
+from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
+from corematching.efficiency.peaks import Peaks
+from corematching.efficiency.roofline import Hardware, decode_bytes, predict
+from corematching.engine.compiled import ENGINES
+from corematching.engine.trace import SampleTrace
+from corematching.errors import UserError
+from corematching.methods.base import Method
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How rows are measured.
+
+    Parameters
+    ----------
+    output_tokens
+        Forced answer lengths. One answer of the largest length serves all of them.
+    repeats
+        Timed answers per method, and as many dense ones beside them; one more of each is discarded as warm-up.
+    engine
+        "eager" or "compiled" decoding, for dense and method alike.
+    before, after
+        Text tokens around the visual tokens of the prompt.
+    """
+
+    output_tokens: tuple[int, ...] = (1, 32, 128)
+    repeats: int = 10
+    engine: str = "compiled"
+    before: int = 35
+    after: int = 40
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(f"engine={self.engine!r} is not valid: choose from {', '.join(ENGINES)}")
+        counts = {"repeats": (self.repeats,), "output_tokens": self.output_tokens}
+        for name, values in {**counts, "before": (self.before,), "after": (self.after,)}.items():
+            if not values or any(
+                not isinstance(value, int) or isinstance(value, bool) or value < 1 for value in values
+            ):
+                raise UserError(f"{name}={list(values)} is not valid: give whole numbers of at least 1")
+
+
+@dataclass
+class Measured:
+    """Everything measured of one method in one regime."""
+
+    pair: Pair
+    overhead: Spread
+    """Seconds a prefill spends on the method's decisions."""
+    streamed_bytes: int = 0
+    """Bytes one answer of the largest length streams from the host (memory-limited regime)."""
+    rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By output length."""
+
+    @property
+    def trace(self) -> SampleTrace:
+        return self.pair.method[-1].trace
+
+
+def measure(
+    model: Any, dense: Method, method: Method, inputs: dict[str, Tensor], protocol: Protocol, peaks: Peaks
+) -> Measured:
+    """Time a method (or dense itself) with everything resident."""
+    pair = in_turns(model, dense, method, inputs, protocol.output_tokens, protocol.repeats, protocol.engine)
+    spent = [sum(seconds) for seconds in decision_seconds(model, method, inputs)] if method.acts_on else [0.0]
+    measured = Measured(pair, Spread.of(spent))
+    for tokens in protocol.output_tokens:
+        measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype, protocol)
+    return measured
+
+
+def row_of(
+    config: Any,
+    measured: Measured,
+    tokens: int,
+    peaks: Peaks,
+    dtype: torch.dtype,
+    protocol: Protocol,
+    regime: str = "resident",
+) -> dict[str, Any]:
+    """One efficiency row: times in milliseconds (median; ``_iqr``: distance between the quartiles), memory in bytes."""
+    pair, sample = measured.pair, measured.trace
+    cost = flops(config, sample)
+    prefill = Spread.of([run.prefill for run in pair.method])
+    # Vision, projector, decoder over the prompt, one row of lm_head.
+    work = cost.vision + cost.projector + cost.prefill + cost.lm_head / max(sample.head_positions, 1)
+    rate = work / prefill.median
+    row = {
+        "regime": regime,
+        "output_tokens": tokens,
+        "predicted": False,
+        "engine": protocol.engine,
+        "repeats": len(pair.method),
+        "prompt_tokens": sample.prompt_tokens,
+        **_milliseconds("prefill_ms", prefill),
+        **_milliseconds("end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.method])),
+        **_milliseconds("dense_end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.dense])),
+        **_milliseconds("overhead_ms", measured.overhead),
+        "peak_memory_bytes": max(run.peak_bytes for run in pair.method),
+        "kv_bytes": sample.kv_bytes,
+        "prefill_tflop_per_s": rate / 1e12,
+        "flops_share": rate / peaks.flops,
+        **_ratio("paired_speedup", pair.speedup(tokens)),
+        **_ratio("paired_prefill_speedup", pair.prefill_speedup()),
+    }
+    if tokens > 1:
+        element = torch.finfo(dtype).bits // 8
+        read = decode_bytes(config, sample, element, tokens - 1)
+        dense_read = decode_bytes(config, pair.dense[-1].trace, element, tokens - 1)
+        decode = Spread.of([_decode(run, tokens) for run in pair.method])
+        row |= {
+            **_milliseconds("decode_ms_per_token", decode),
+            "decode_bytes_per_token": read,
+            "decode_gb_per_s": read / decode.median / 1e9,
+            "bandwidth_share": read / decode.median / peaks.bandwidth,
+            **_ratio("paired_decode_speedup", pair.decode_speedup(tokens)),
+            "byte_limit_decode_speedup": dense_read / read,
+        }
+    return row
+
+
+def predicted_row(config: Any, sample: SampleTrace, tokens: int, hardware: Hardware, dtype: str) -> dict[str, Any]:
+    """A row for hardware that is not at hand, from the roofline model."""
+    prediction = predict(config, sample, hardware, dtype, tokens)
+    return {
+        "device": hardware.name,
+        "regime": prediction.regime,
+        "output_tokens": tokens,
+        "predicted": True,
+        "prompt_tokens": sample.prompt_tokens,
+        "prefill_ms": 1e3 * prediction.prefill,
+        "decode_ms_per_token": 1e3 * prediction.decode_per_token if tokens > 1 else None,
+        "end_to_end_ms": 1e3 * prediction.end_to_end(tokens),
+        "peak_memory_bytes": prediction.resident_bytes,
+        "kv_bytes": sample.kv_bytes,
+        "streamed_bytes_per_token": prediction.streamed_per_token,
+    }
+
+
+def _decode(run: Run, tokens: int) -> float:
+    seconds = run.decode_per_token(tokens)
+    assert seconds is not None
+    return seconds
+
+
+def _milliseconds(name: str, spread: Spread) -> dict[str, float]:
+    return {name: 1e3 * spread.median, f"{name}_iqr": 1e3 * spread.iqr}
+
+
+def _ratio(name: str, spread: Spread) -> dict[str, float]:
+    return {name: spread.median, f"{name}_iqr": spread.iqr}
