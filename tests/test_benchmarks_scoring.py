@@ -11,6 +11,7 @@ import pytest
 from corematching.benchmarks import load_benchmark
 from corematching.benchmarks.scoring import score, value_from_samples
 from corematching.errors import UserError
+from corematching.results.table import build_table
 
 
 def test_benchmarks_are_light_to_import() -> None:
@@ -103,6 +104,17 @@ def test_mmvet_counts_a_question_for_each_capability_it_needs() -> None:
 def test_one_missing_score_means_no_number(name: str) -> None:
     samples = table([("a", "a", 1.0), ("a", "a", float("nan"))], "part", "unit", "score")
     assert value_from_samples(load_benchmark(name), samples) == (None, {})
+
+
+def test_run_table_says_who_graded() -> None:
+    def record(method: str, benchmark: str, note: str) -> dict:
+        score = {"metric": "score", "value": 50.0, "scale": 100.0, "note": note}
+        labels = {"method": method, "keep": None, "benchmark": benchmark}
+        return {"status": "done", "score": score, "labels": labels, "config": {"method": {"name": method}}}
+
+    records = [record(method, "mmvet", "graded by the local judge") for method in ("dense", "fastv")]
+    records += [record("dense", "gqa", "")]
+    assert build_table(records, ["mmvet", "gqa"], []).notes == ("mmvet: graded by the local judge",)
 
 
 def test_results_without_samples_are_refused() -> None:

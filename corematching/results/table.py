@@ -97,7 +97,16 @@ def build_table(
     header = ("method", "keep", *benchmarks, "% of dense", "tokens/layer", "KV MB", "prefill TFLOPs")
     lines = tuple(_line(label, cells, benchmarks, dense) for label, cells in rows.items())
     rankings = _rankings(rows, benchmarks, dense) if ranked else []
-    return RunTable(header, lines, (*notes, *rankings, *_holes(records)))
+    return RunTable(header, lines, (*notes, *_remarks(records), *rankings, *_holes(records)))
+
+
+def _remarks(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """What a reader of a benchmark's scores must know, e.g. who graded them, where all its cells say the same."""
+    said: dict[str, set[str]] = {}
+    for record in records:
+        if record is not None and _value(record) is not None:
+            said.setdefault(record["labels"]["benchmark"], set()).add(record["score"].get("note", ""))
+    return [f"{name}: {''.join(notes)}" for name, notes in said.items() if len(notes) == 1 and notes != {""}]
 
 
 def _line(
