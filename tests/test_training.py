@@ -9,6 +9,8 @@ import torch
 from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, questions_for
 from corematching.benchmarks.mini.scenes import GRID, make_scene, render, render_array
 from corematching.training.architecture import TinyShape, build_model, deepen
+from corematching.training.card import model_card
+from corematching.training.cli import main
 from corematching.training.codes import ATTRIBUTES, CodeBook, PatchLabels
 from corematching.training.evaluate import evaluate
 from corematching.training.export import build_processor
@@ -206,3 +208,20 @@ def test_the_schedule_rises_stays_and_falls():
     assert schedule(0) == pytest.approx(0.1)
     assert schedule(30) == 1
     assert schedule(99) < 0.05
+
+
+def test_the_command_line_refuses_what_it_would_overwrite_or_lacks(tmp_path, capsys):
+    (tmp_path / "vision.pt").touch()
+    for tracks, message in (("vision", "give --resume to go on"), ("deep", "needs the finished vision track")):
+        with pytest.raises(SystemExit) as stop:
+            main(["--out", str(tmp_path), "--tracks", tracks, *(["--resume"] if tracks == "deep" else [])])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+        (tmp_path / "vision.pt").unlink(missing_ok=True)
+
+
+def test_the_card_tells_times_and_tables(model):
+    card = model_card(model.config, 6_600_000, {"vision: quarter": 61.4}, 1, "| a | b |")
+    assert "| vision: quarter | 61 |" in card
+    assert "6.6 million parameters" in card
+    assert "| a | b |" in card

@@ -93,7 +93,7 @@ def finish(model, tokenizer, out: Path) -> None:
 
 def _join(model, shallow, out: Path) -> None:
     """Start the deep model from the finished tracks: the shallow language model, the trained tower and projector."""
-    for name, stage in (("vision", "digits"), ("shallow", "late")):
+    for name, stage in (("vision", "digits"), ("shallow", "settle")):
         if not (out / f"{name}.pt").exists() or stage not in torch.load(out / f"{name}.pt", weights_only=True)["done"]:
             raise UserError(f"the deep track needs the finished {name} track in {out}")
     shallow.load_state_dict(torch.load(out / "shallow.pt", weights_only=True)["model"])

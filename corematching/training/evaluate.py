@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, questions_for
-from corematching.benchmarks.mini.scenes import GRID, IMAGE_SIZE, make_scene
+from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, Question, questions_for
+from corematching.benchmarks.mini.scenes import GRID, IMAGE_SIZE, Scene, make_scene
 from corematching.training.codes import CodeBook, PatchLabels
 from corematching.training.language import IGNORED, Packer, pixels_of, run_layers
 from corematching.training.vision import pixels, visual_features
@@ -27,6 +27,7 @@ from corematching.training.vocabulary import build_tokenizer
 
 CONDITIONS = ("dense", "blank", "random-64", "oracle")
 REPORTED = ("dense", "blank", "random-64")
+_PACKED = 40  # questions in one forward pass
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ def evaluate(
     codes: CodeBook,
     condition: str = "dense",
     benchmarks: tuple[str, ...] = tuple(BENCHMARK_FAMILIES),
-    images: int = 50,
+    images: int = 110,
     seed: int = 0,
 ) -> dict[tuple[str, str], Tally]:
-    """Answer every question that the benchmarks ask about `images` test scenes each.
+    """Answer the benchmarks' questions about `images` test scenes, at most ten of each benchmark for a scene.
 
     Parameters
     ----------
@@ -82,20 +83,27 @@ def evaluate(
     if condition not in CONDITIONS:
         raise ValueError(f"unknown condition {condition!r}: use one of {', '.join(CONDITIONS)}")
     tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
-    for benchmark in benchmarks:
-        for index in range(images):
-            scene = make_scene(seed * 1_000_000 + index, "test")
-            rng = random.Random(f"{seed}:{benchmark}:{index}")
-            questions = questions_for(benchmark, scene, rng)
-            if not questions:
-                continue
-            visual, chosen = _visual(model, codes, scene, condition, index)
-            batch = packer.pack([scene], chosen, [[(benchmark, question) for question in questions]], rng)
+    for index in range(images):
+        scene = _scene(index, seed)
+        visual, chosen = _visual(model, codes, scene, condition, index)
+        asked = [(name, question) for name in benchmarks for question in _questions(name, index, seed)]
+        for start in range(0, len(asked), _PACKED):
+            part = asked[start : start + _PACKED]
+            batch = packer.pack([scene], chosen, [part], random.Random(f"{seed}:{index}:{start}"))
             _, last = run_layers(model, batch, visual, 1, hidden_layers=0)
             guesses = model.lm_head(model.model.language_model.norm(last)).argmax(-1)[0]
-            for question, right in zip(questions, _right(guesses, batch.targets[0])):
-                tallies[benchmark, question.family] += Tally(int(right), 1)
+            for (name, question), right in zip(part, _right(guesses, batch.targets[0])):
+                tallies[name, question.family] += Tally(int(right), 1)
     return dict(tallies)
+
+
+def _scene(index: int, seed: int) -> Scene:
+    return make_scene(seed * 1_000_000 + index, "test")
+
+
+def _questions(benchmark: str, index: int, seed: int) -> list[Question]:
+    """At most ten questions (whole pairs) of a benchmark about an image."""
+    return questions_for(benchmark, _scene(index, seed), random.Random(f"{seed}:{benchmark}:{index}"))[:10]
 
 
 def _visual(model, codes: CodeBook, scene, condition: str, index: int) -> tuple[Tensor, Tensor]:
@@ -142,8 +150,7 @@ def chance(benchmark: str, images: int, seed: int = 0) -> float:
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     guessed, total = 0.0, 0
     for index in range(images):
-        rng = random.Random(f"{seed}:{benchmark}:{index}")
-        for question in questions_for(benchmark, make_scene(seed * 1_000_000 + index, "test"), rng):
+        for question in _questions(benchmark, index, seed):
             total += 1
             if question.choices:
                 guessed += 1 / len(question.choices)
@@ -153,7 +160,7 @@ def chance(benchmark: str, images: int, seed: int = 0) -> float:
     return 100 * guessed / max(total, 1)
 
 
-def report(folder: Path, images: int = 100, benchmarks: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)) -> str:
+def report(folder: Path, images: int = 110, benchmarks: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)) -> str:
     """Two Markdown tables for a saved model: accuracy by benchmark under each condition, and the mini GQA by family."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = build_tokenizer()

@@ -29,6 +29,8 @@ _ALL = Mix(
      "vizwiz": 1, "pope": 1},
 )  # fmt: skip
 
+_WEAK = Mix(_ALL.benchmarks, {"color": 1.5, "exists": 2, "compound": 2, "side": 1.5, "height": 1.5, "count": 1.5})
+
 
 def vision_stages(codes: CodeBook) -> list[VisionStage]:
     """Crops of a quarter of the image first (cheap), then whole images."""
@@ -48,6 +50,9 @@ def shallow_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
         LanguageStage(
             "late", 250, 8, _ALL, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, early_layers=2, **LATE
         ),
+        LanguageStage(
+            "settle", 300, 8, _WEAK, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, early_layers=2, **LATE
+        ),
     ]
 
 
@@ -56,7 +61,7 @@ def deep_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
     return [
         LanguageStage("deep", 60, 8, _ALL, codes, packer, visual=40, rate_peak=6e-4, decay_share=0.2, **LATE),
         LanguageStage(
-            "images", 150, 4, _ALL, codes, packer, questions=16, visual=None, oracle=False, rate_peak=6e-4,
+            "images", 100, 4, _ALL, codes, packer, questions=16, visual=None, oracle=False, rate_peak=6e-4,
             decay_share=0.8, **LATE,
         ),
     ]  # fmt: skip
