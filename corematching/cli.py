@@ -91,7 +91,7 @@ def _complain(error: Exception, words: Sequence[str], debug: bool) -> int:
 
 
 def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictConfig:
-    """Turn ``method=...`` on the command line into a one-entry ``methods`` list, and note what was left to the machine.
+    """Turn ``method=...`` on the command line into a one-entry ``methods`` list, and note the command line itself.
 
     A keep given as ``method.keep=...`` is that entry's own; otherwise the method takes part in the experiment's sweep.
     """
@@ -108,7 +108,7 @@ def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictCo
             }
             config.methods = [{"name": name, **own}]
         config.pop("method", None)
-        config.given = sorted(given)
+        config.command = list(overrides)
     return config
 
 

@@ -158,7 +158,7 @@ def test_cells_that_another_process_computes_are_waited_for_and_not_repeated(fak
         store.write(finished)
         claim.__exit__(None, None, None)
 
-    monkeypatch.setattr("corematching.evaluation.runner.time.sleep", other_process_ends)
+    monkeypatch.setattr("corematching.evaluation.executors.time.sleep", other_process_ends)
     assert fake() == 0
     assert "waiting for 1 cells" in capsys.readouterr().out
     assert len(FakeBench.evaluated) == 9
@@ -289,3 +289,72 @@ def test_a_method_that_does_nothing_is_an_error(real, tmp_path, monkeypatch):
     (record,) = cells_of(tmp_path / "quickstart").values()
     assert record["error"]["type"] == "NothingHappened"
     assert "random" in record["error"]["message"]
+
+
+def test_worker_processes_share_the_cells(fake, tmp_path, monkeypatch, capsys):
+    """Two stand-in workers compute half of the cells each; the parent reports, tracks and prints the table."""
+    from corematching.evaluation import executors
+
+    assert fake("results_dir=elsewhere") == 0
+    made = cells_of(tmp_path / "elsewhere/quickstart")
+    FakeBench.evaluated.clear()
+
+    def stand_in(number, count, log, experiment):
+        shares = [record for i, record in enumerate(made.values()) if i % count == number]
+        (tmp_path / f"{number}.json").write_text(json.dumps(shares))
+        script = (
+            "import json, sys\n"
+            "from corematching.results.store import Store\n"
+            "store = Store(sys.argv[2])\n"
+            "for record in json.load(open(sys.argv[1])):\n"
+            "    with store.claim(record['id']):\n"
+            "        store.write(record)\n"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", script, tmp_path / f"{number}.json", experiment.folder],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    monkeypatch.setattr(executors, "_start_worker", stand_in)
+    assert fake("executor=processes", "executor.workers=2") == 0
+    out = capsys.readouterr().out
+    assert "[10/10]" in out
+    assert FakeBench.evaluated == []
+    table, expected = (tmp_path / folder / "quickstart/table.md" for folder in ("results", "elsewhere"))
+    assert table.read_text() == expected.read_text()
+
+
+def test_workers_get_the_same_command_and_their_own_share_of_the_machine(fake, monkeypatch, tmp_path):
+    from corematching.evaluation import executors, machine
+
+    started = []
+
+    class Refusing:
+        returncode = 2
+
+        def __init__(self, words, env, stdout, stderr):
+            started.append((words, env))
+            stdout.write(b"NOTE: first\nerror: layer=77 is not a layer of this model\n")
+
+        poll = wait = terminate = lambda self: 2
+
+    monkeypatch.setattr(executors.subprocess, "Popen", Refusing)
+    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
+    monkeypatch.setattr(machine, "why_small", lambda: "a test")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert fake("executor=processes", "limit=7") == 2
+    assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in started] == ["0", "1"]
+    words = started[0][0]
+    assert {"limit=7", "executor=local", "tracking=none", "report=false"} <= set(words)
+    assert "executor=processes" not in words
+    assert started[0][0] == started[1][0]
+
+
+@pytest.mark.parametrize(("wanted", "cells", "count"), [(None, 9, 3), (2, 9, 2), (5, 4, 4)])
+def test_worker_count(monkeypatch, wanted, cells, count):
+    from corematching.evaluation import executors, machine
+
+    monkeypatch.setattr(machine, "gpu_count", lambda: 3)
+    assert executors.worker_count(wanted, cells) == count
+    with pytest.raises(ValueError, match=r"executor\.workers=0"):
+        executors.worker_count(0, cells)

@@ -1,6 +1,5 @@
 """What a run says while it works: a live display on a terminal, plain lines elsewhere."""
 
-import time
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,7 +25,6 @@ class Reporter(AbstractContextManager):
         if not self.console.is_terminal:
             self.console.width = 240  # a file or a pipe has no edge: never fold the table
         self.cells, self.finished = cells, 0
-        self._started = 0.0
         self._live: Progress | None = None
         if self.console.is_terminal and cells:
             self._live = Progress(
@@ -55,7 +53,6 @@ class Reporter(AbstractContextManager):
 
     def start(self, cell: Cell) -> None:
         """A cell begins."""
-        self._started = time.perf_counter()
         if self._live:
             self._live.reset(self._one, description=str(cell), total=None, visible=True)
 
@@ -67,7 +64,7 @@ class Reporter(AbstractContextManager):
     def finish(self, cell: Cell, record: dict[str, Any]) -> None:
         """A cell ended, well or not."""
         self.finished += 1
-        seconds = time.perf_counter() - self._started
+        seconds = record["timing"]["seconds"]
         self.say(f"[{self.finished}/{self.cells}] {cell}: {outcome(record)} ({seconds:.1f} s)")
         self._move_on()
 

@@ -2,25 +2,21 @@
 
 import os
 import signal
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 
 from omegaconf import DictConfig
 
-from corematching.errors import UserError
-from corematching.evaluation import machine, provenance
+from corematching.evaluation import machine
 from corematching.evaluation.cells import Cell
+from corematching.evaluation.executors import EXECUTORS
 from corematching.evaluation.experiment import Experiment, plan
 from corematching.evaluation.progress import Reporter
-from corematching.results.store import SCHEMA, Store
+from corematching.evaluation.work import finished
+from corematching.results.store import Store
 from corematching.results.table import build_table
 from corematching.tracking import start_tracking
-
-_POLL_SECONDS = 2.0
 
 
 def run_experiment(config: DictConfig) -> int:
@@ -58,85 +54,14 @@ def run_experiment(config: DictConfig) -> int:
 
 
 def _run(experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter) -> None:
-    from corematching.evaluation.workbench import Workbench  # torch and transformers, seconds to import
-
-    bench = Workbench(experiment)
-    bench.check_methods(pending)
+    execute = EXECUTORS[experiment.settings["executor"]["name"]]
     with start_tracking(experiment, reporter.say) as tracker:
-        elsewhere = []
-        for cell in pending:
-            record = attempt(cell, experiment, bench, store, reporter)
-            if record is None:
-                elsewhere.append(cell)
-            else:
-                tracker.log(cell, record)
-        if elsewhere:
-            _await_others(elsewhere, experiment, bench, store, reporter)
+        execute(experiment, pending, store, reporter, tracker.log)
         if experiment.settings["report"]:
             from corematching.results.publish import publish_run  # pandas, a second to import
 
             publish_run(store.root, reporter.say, tracker.log_media)
         tracker.finish(store)
-
-
-def attempt(cell: Cell, experiment: Experiment, bench: Any, store: Store, reporter: Reporter) -> dict[str, Any] | None:
-    """Compute one cell and store it, failure included; None if another process is at it."""
-    with store.claim(cell.id) as mine:
-        if not mine:
-            return None
-        record = store.read(cell.id)
-        if record is not None and finished(record, experiment):
-            reporter.skip(cell, "done by another process")
-            return record
-        reporter.start(cell)
-        started, clock = datetime.now(UTC), time.perf_counter()
-        samples = None
-        try:
-            result, samples = bench.evaluate(cell, reporter.advance)
-        except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
-            result = {"status": "failed", "error": describe(error)}
-        record = {
-            "schema": SCHEMA,
-            "kind": "accuracy",
-            "id": cell.id,
-            "status": result["status"],
-            "config": cell.config,
-            "labels": cell.label,
-            "metrics": {},
-            "score": None,
-            "n": 0,
-            "trace": None,
-            "error": None,
-            "bench": None,
-            **result,
-            "timing": {**result.get("timing", {}), "seconds": time.perf_counter() - clock},
-            "provenance": {
-                "versions": provenance.versions(),
-                "git_commit": provenance.git_commit(),
-                "hardware": provenance.hardware(),
-                "started": started.isoformat(timespec="seconds"),
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        }
-        store.write(record, samples)
-        reporter.finish(cell, record)
-        return record
-
-
-def finished(record: dict[str, Any] | None, experiment: Experiment) -> bool:
-    """Whether a cell needs no more work. Failed cells are tried again; unscored ones too if there is a judge now."""
-    if record is None or record["status"] == "failed":
-        return False
-    return record["status"] == "done" or experiment.settings["judge"]["name"] == "none"
-
-
-def describe(error: Exception) -> dict[str, str]:
-    """An exception as a record keeps it."""
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
 
 
 def headline(experiment: Experiment, pending: int) -> Iterator[str]:
@@ -145,9 +70,9 @@ def headline(experiment: Experiment, pending: int) -> Iterator[str]:
     model, data = settings["model"]["name"], settings["data"]["name"]
     small = small_note(experiment)
     if small:
-        chosen = {"model", "data"} & set(settings.get("given", ()))
-        why = machine.why_small()
-        reason = f" ({why}; choose with model=... data=...)" if why and not chosen else ""
+        chosen = any(word.startswith(("model=", "data=")) for word in settings["command"])
+        why = None if chosen else machine.why_small()
+        reason = f" ({why}; choose with model=... data=...)" if why else ""
         yield f"NOTE: {small}{reason}"
     done = f", {cells - pending} already done" if pending < cells else ""
     yield f"{experiment.name}: {cells} cells on {model} with {data} data{done} -> {experiment.folder}"
@@ -201,15 +126,6 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def _await_others(cells: Sequence[Cell], experiment: Experiment, bench: Any, store: Store, reporter: Reporter) -> None:
-    """Wait for cells that other processes hold, and take over those they leave behind."""
-    waiting = list(cells)
-    reporter.say(f"waiting for {len(waiting)} cells that another process is computing")
-    while waiting:
-        time.sleep(_POLL_SECONDS)
-        waiting = [cell for cell in waiting if attempt(cell, experiment, bench, store, reporter) is None]
-
-
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     """Let a job scheduler's SIGTERM end the run as Ctrl-C does, with the hint how to resume."""
@@ -226,6 +142,3 @@ def _terminate_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-__all__ = ["UserError", "run_experiment"]

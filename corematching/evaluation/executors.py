@@ -1,0 +1,132 @@
+"""Where the cells of a run are computed: in this process, or in several that share the store.
+
+An executor gets the cells that are missing, sees to it that they end up in the store, and hands each record on.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from corematching.errors import UserError
+from corematching.evaluation import machine
+from corematching.evaluation.cells import Cell
+from corematching.evaluation.experiment import Experiment
+from corematching.evaluation.progress import Reporter
+from corematching.evaluation.work import attempt, finished
+from corematching.results.store import Store
+
+OnRecord = Callable[[Cell, dict[str, Any]], None]
+_POLL_SECONDS = 2.0
+
+
+def run_locally(
+    experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter, on_record: OnRecord
+) -> None:
+    """All cells one after the other in this process; cells that another process holds are waited for at the end."""
+    from corematching.evaluation.workbench import Workbench  # torch and transformers, seconds to import
+
+    bench = Workbench(experiment)
+    bench.check_methods(pending)
+    waiting = list(pending)
+    while waiting:
+        elsewhere = []
+        for cell in waiting:
+            record = attempt(cell, experiment, bench, store, reporter)
+            if record is None:
+                elsewhere.append(cell)
+            else:
+                on_record(cell, record)
+        if elsewhere and len(elsewhere) == len(waiting):
+            time.sleep(_POLL_SECONDS)
+        elif elsewhere:
+            reporter.say(f"waiting for {len(elsewhere)} cells that another process is computing")
+        waiting = elsewhere
+
+
+def run_in_processes(
+    experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter, on_record: OnRecord
+) -> None:
+    """The same command in several worker processes, which share the cells through the store's claims.
+
+    Workers are spread over the GPUs, or share the CPU cores evenly. What they print goes to ``workers/<number>.log``.
+
+    Raises
+    ------
+    UserError
+        What a worker had to say if all of them refused to start.
+    """
+    count = worker_count(experiment.settings["executor"]["workers"], len(pending))
+    folder = store.root / "workers"
+    folder.mkdir(exist_ok=True)
+    logs = [folder / f"{number}.log" for number in range(count)]
+    workers = [_start_worker(number, count, log, experiment) for number, log in enumerate(logs)]
+    reporter.say(f"{count} workers; their output is in {folder}")
+    waiting = list(pending)
+    try:
+        while any(worker.poll() is None for worker in workers):
+            time.sleep(_POLL_SECONDS / 4)
+            waiting = _collect(waiting, experiment, store, reporter, on_record)
+    finally:
+        for worker in workers:
+            worker.terminate()
+            worker.wait()
+    _collect(waiting, experiment, store, reporter, on_record, failures=True)
+    if all(worker.returncode == 2 for worker in workers):
+        raise UserError(logs[0].read_text(encoding="utf-8").strip().splitlines()[-1].removeprefix("error: "))
+
+
+def worker_count(wanted: int | None, cells: int) -> int:
+    """Workers to start: as asked for, or one per GPU, or one per two CPU cores; never more than cells.
+
+    Raises
+    ------
+    UserError
+        If `wanted` is no positive count.
+    """
+    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1):
+        raise UserError(f"executor.workers={wanted} is not valid: give a count of at least 1, or null")
+    usual = machine.gpu_count() or max(1, len(os.sched_getaffinity(0)) // 2)
+    return min(wanted or usual, cells)
+
+
+def _start_worker(number: int, count: int, log: Path, experiment: Experiment) -> subprocess.Popen:
+    environment = dict(os.environ)
+    if gpus := machine.gpu_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus]
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    own = ("executor", "tracking", "report")
+    words = [word for word in experiment.settings["command"] if not word.lstrip("+").startswith(own)]
+    words += ["executor=local", "tracking=none", "report=false"]
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "corematching", *words], env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def _collect(
+    waiting: Sequence[Cell],
+    experiment: Experiment,
+    store: Store,
+    reporter: Reporter,
+    on_record: OnRecord,
+    failures: bool = False,
+) -> list[Cell]:
+    """Report the cells that workers have finished (at the end also those that failed); returns the rest."""
+    rest = []
+    for cell in waiting:
+        record = store.read(cell.id) if (store.cells / cell.id).exists() else None
+        if record is not None and (failures or finished(record, experiment)):
+            reporter.finish(cell, record)
+            on_record(cell, record)
+        else:
+            rest.append(cell)
+    return rest
+
+
+EXECUTORS: dict[str, Callable[..., None]] = {"local": run_locally, "processes": run_in_processes}

@@ -1,0 +1,72 @@
+"""One cell: claim it, compute it, store what came out, be it a result or a failure."""
+
+import time
+import traceback
+from datetime import UTC, datetime
+from typing import Any
+
+from corematching.evaluation import provenance
+from corematching.evaluation.cells import Cell
+from corematching.evaluation.experiment import Experiment
+from corematching.evaluation.progress import Reporter
+from corematching.results.store import SCHEMA, Store
+
+
+def attempt(cell: Cell, experiment: Experiment, bench: Any, store: Store, reporter: Reporter) -> dict[str, Any] | None:
+    """Compute one cell and store it, failure included; None if another process is at it."""
+    with store.claim(cell.id) as mine:
+        if not mine:
+            return None
+        record = store.read(cell.id)
+        if record is not None and finished(record, experiment):
+            reporter.skip(cell, "done by another process")
+            return record
+        reporter.start(cell)
+        started, clock = datetime.now(UTC), time.perf_counter()
+        samples = None
+        try:
+            result, samples = bench.evaluate(cell, reporter.advance)
+        except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
+            result = {"status": "failed", "error": describe(error)}
+        record = {
+            "schema": SCHEMA,
+            "kind": "accuracy",
+            "id": cell.id,
+            "status": result["status"],
+            "config": cell.config,
+            "labels": cell.label,
+            "metrics": {},
+            "score": None,
+            "n": 0,
+            "trace": None,
+            "error": None,
+            "bench": None,
+            **result,
+            "timing": {**result.get("timing", {}), "seconds": time.perf_counter() - clock},
+            "provenance": {
+                "versions": provenance.versions(),
+                "git_commit": provenance.git_commit(),
+                "hardware": provenance.hardware(),
+                "started": started.isoformat(timespec="seconds"),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        }
+        store.write(record, samples)
+        reporter.finish(cell, record)
+        return record
+
+
+def finished(record: dict[str, Any] | None, experiment: Experiment) -> bool:
+    """Whether a cell needs no more work. Failed cells are tried again; unscored ones too if there is a judge now."""
+    if record is None or record["status"] == "failed":
+        return False
+    return record["status"] == "done" or experiment.settings["judge"]["name"] == "none"
+
+
+def describe(error: Exception) -> dict[str, str]:
+    """An exception as a record keeps it."""
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
