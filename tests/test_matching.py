@@ -20,6 +20,8 @@ MAPPED = {
     "vtc_cls": {"layer": 4},
 }
 """As the tiny model's configuration maps the layers."""
+SECOND_MODEL = ("cdpruner", "sgl")
+"""Methods that run only with another model."""
 COARSE = {"dart": 4.0, "sparsevlm": 2.0}
 """Methods whose counts come in steps: half a step, in tokens per layer."""
 
@@ -53,7 +55,7 @@ def shallow():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in MATCHED if name != "cdpruner"])  # it needs a text tower to run
+@pytest.mark.parametrize("name", [name for name in MATCHED if name not in SECOND_MODEL])
 def test_trace_shows_the_promised_average(name, shallow):
     ids = torch.cat([torch.arange(2, 8), torch.full((576,), 31), torch.arange(2, 12)])[None]
     pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(1))
@@ -71,6 +73,8 @@ def test_trace_shows_the_promised_average(name, shallow):
     [
         ("fastv", 192, {"keep": 166}),  # (32 * 192 - 2 * 576) / 30 = 166.4
         ("random", 64, {"keep": 64}),
+        ("cdpruner", 64, {"keep": 64}),
+        ("sgl", 288, {"keep": 115}),  # int(0.4 * 32) = 12: (32 * 288 - 12 * 576) / 20 = 115.2
         ("topv", 128, {"keep": 82}),  # three layers see everything: (32 * 128 - 3 * 576) / 29 = 81.7
         ("dart", 192, {"keep": 160}),  # 4 + 20 * 8 = 164 are the nearest to 166
         ("corematching", 192, {"threshold": "keep", "keep": 166}),

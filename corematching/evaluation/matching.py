@@ -73,6 +73,10 @@ def _held_to_a_budget(name: str, parameters: Parameters, target: float, shape: S
     return {"threshold": "keep", **_one_drop(name, parameters, target, shape)}
 
 
+def _sgl(name: str, parameters: Parameters, target: float, shape: Shape) -> dict[str, Any]:
+    return {"keep": _count_after(name, int(shape.layers * parameters["layer_fraction"]), target, shape)}
+
+
 def _layer(parameters: Parameters, shape: Shape) -> int:
     """The first layer that sees fewer tokens, by the parameters ``layer`` and ``depth_fraction``."""
     if parameters.get("depth_fraction") is not None:
@@ -186,6 +190,7 @@ _RULES: dict[str, Callable[[str, Parameters, float, Shape], dict[str, Any]]] = {
     **dict.fromkeys(("visionzip", "fastervlm", "vtc_cls", "divprune", "cdpruner", "tome_pre_llm"), _before_the_llm),
     "topv": _after_its_layer,
     "dart": _dart,
+    "sgl": _sgl,
     "pyramiddrop": _pyramiddrop,
     "sparsevlm": _sparsevlm,
     "prumerge": _prumerge,
