@@ -94,6 +94,7 @@ def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictCo
     """Turn ``method=...`` on the command line into a one-entry ``methods`` list, and note the command line itself.
 
     A keep given as ``method.keep=...`` is that entry's own; otherwise the method takes part in the experiment's sweep.
+    Unless a judge is given, the mini suite's open questions get the bundled one, which knows their answers.
     """
     given = {word.split("=", 1)[0].lstrip("+~") for word in overrides}
     with open_dict(config):
@@ -108,6 +109,8 @@ def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictCo
             }
             config.methods = [{"name": name, **own}]
         config.pop("method", None)
+        if "judge" not in given and config.data.name == "mini":
+            config.judge = groups.load("judge", "local")
         config.command = list(overrides)
     return config
 

@@ -155,6 +155,12 @@ def test_the_machine_decides_model_and_data_where_nobody_does(monkeypatch):
     assert (config.model.name, config.data.name) == ("tiny", "mini")
 
 
+def test_the_mini_suite_brings_its_judge():
+    assert composed("data=mini").judge.name == "local"
+    assert composed("data=mini", "judge=none").judge.name == "none"
+    assert composed("+experiment=table1", "data=hub").judge.name == "none"
+
+
 def test_keep_is_a_count_or_a_fraction():
     for good in (1, 64, 576, 0.5, 1.0):
         experiment.check_keep("keep", good, 576)

@@ -15,6 +15,7 @@ from corematching.errors import UserError
 from corematching.evaluation.cells import Cell, canonical_json
 from corematching.results import store as store_module
 from corematching.results.store import Store, UnreadableCellWarning, plain
+from corematching.results.table import build_table
 
 CELL = Cell.of({"model": {"name": "m"}, "method": {"name": "fastv", "keep": 64}}, method="fastv", keep=64)
 
@@ -164,3 +165,41 @@ def test_a_killed_process_frees_its_claim(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+def scored(method: str, keep: int | None, benchmark: str, value: float | None) -> dict:
+    cell = Cell.of(
+        {"method": {"name": method}, "keep": keep, "benchmark": benchmark},
+        method=method,
+        keep=keep,
+        benchmark=benchmark,
+    )
+    status = "done" if value is not None else "not_scored"
+    score = {"metric": "accuracy", "value": value, "scale": 100, "note": "" if value is not None else "no judge"}
+    trace = {"visual_tokens_per_layer": keep or 576, "kv_bytes": 2e6, "flops": {"prefill": 3e12}}
+    return record(cell, status=status, score=score, trace=trace)
+
+
+def test_the_table_averages_what_dense_has_and_names_the_holes(tmp_path):
+    records = [
+        scored("dense", None, "gqa", 60.0),
+        scored("dense", None, "mmvet", None),
+        scored("fastv", 64, "gqa", 45.0),
+        scored("fastv", 64, "mmvet", None),
+        scored("random", 64, "mmvet", None),
+        None,
+    ]
+    table = build_table(records, ["gqa", "mmvet"], ["a note"])
+    assert table.rows == (
+        ("dense", "—", "60.0", "—", "100.0", "576.0", "2.00", "3.0000"),
+        ("fastv", "64", "45.0", "—", "75.0", "64.0", "2.00", "3.0000"),
+        ("random", "64", "—", "—", "—", "64.0", "2.00", "3.0000"),
+    )
+    assert table.notes[:2] == ("a note", "% of dense averages gqa")
+    assert "— mmvet, fastv keep=64: not scored (no judge)" in table.notes
+    assert table.notes[-1] == "— 1 cells have not run yet"
+    table.write(tmp_path)
+    read = pd.read_csv(tmp_path / "table.csv")
+    assert list(read["gqa"].fillna(-1)) == [60.0, 45.0, -1]
+    markdown = (tmp_path / "table.md").read_text().splitlines()
+    assert markdown[2] == "| dense | — | 60.0 | — | 100.0 | 576.0 | 2.00 | 3.0000 |"

@@ -97,7 +97,9 @@ def build_table(
     header = ("method", "keep", *benchmarks, "% of dense", "tokens/layer", "KV MB", "prefill TFLOPs")
     lines = tuple(_line(label, cells, benchmarks, dense) for label, cells in rows.items())
     rankings = _rankings(rows, benchmarks, dense) if ranked else []
-    return RunTable(header, lines, (*notes, *_remarks(records), *rankings, *_holes(records)))
+    scored = [name for name in benchmarks if dense.get(name)]
+    partly = [f"% of dense averages {', '.join(scored)}"] if 0 < len(scored) < len(benchmarks) else []
+    return RunTable(header, lines, (*notes, *partly, *_remarks(records), *rankings, *_holes(records)))
 
 
 def _remarks(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
@@ -132,11 +134,11 @@ def _line(
 def _share(
     cells: Mapping[str, Mapping[str, Any]], benchmarks: Sequence[str], dense: Mapping[str, float | None]
 ) -> float | None:
-    """Mean percentage of the dense scores; None unless every benchmark has both."""
-    values = {name: _value(cells[name]) for name in benchmarks if name in cells}
-    bases = [dense.get(name) for name in values]
-    shares = [100 * value / base for value, base in zip(values.values(), bases) if value is not None and base]
-    return fmean(shares) if shares and len(shares) == len(benchmarks) else None
+    """Mean percentage of the dense scores, over the benchmarks that dense has one on; None if one is missing here."""
+    bases = {name: base for name in benchmarks if (base := dense.get(name))}
+    values = {name: _value(cells[name]) for name in bases if name in cells}
+    shares = [100 * value / bases[name] for name, value in values.items() if value is not None]
+    return fmean(shares) if shares and len(shares) == len(bases) else None
 
 
 def _rankings(
