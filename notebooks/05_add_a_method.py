@@ -16,8 +16,12 @@ from typing import ClassVar
 
 import corematching as cm
 from corematching.evaluation.generator import Generator, Question
-from corematching.methods.base import BeforeLayer, Geometry, Keep, LayerView, Method, Stage, check_budget, check_layer
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
+from corematching.methods.parameters import check_budget, check_layer
+from corematching.methods.parameters import check_budget, check_layer
+from corematching.methods.views import LayerView
 from corematching.methods.selection import keep_top
+from corematching.methods.views import LayerView
 from corematching.results import evidence_figures
 from corematching.results.evidence import mini_examples
 
@@ -90,5 +94,5 @@ evidence_figures.core_tokens(rows, (24, 24))
 # ## Make it part of the project
 #
 # Put the class into `corematching/methods/distinct.py` and its defaults into `conf/method/distinct.yaml`; then
-# `python run.py method=distinct` finds it, and the parity, batching and attach/detach tests pick it up by its name. The
-# checklist in the contribution guide says what else a method needs.
+# `python run.py method=distinct` finds it, and the parity, batching and attach/detach tests pick it up by its name.
+# `docs/add_a_method.md` has the whole checklist.

@@ -89,8 +89,12 @@ def test_elbow_ignores_padding(scores, padding):
 def test_what_the_model_keeps_is_what_the_reference_keeps(seed, random_llava):
     """The whole way through the engine: activations of the real layers, decisions from the reference."""
     seen: dict[int, torch.Tensor] = {}
+
+    def note(index, module, args):
+        seen[index] = args[0][0]
+
     hooks = [
-        layer.mlp.down_proj.register_forward_pre_hook(partial(lambda i, m, args: seen.setdefault(i, args[0][0]), index))
+        layer.mlp.down_proj.register_forward_pre_hook(partial(note, index))
         for index, layer in enumerate(random_llava.model.language_model.layers)
     ]
     prompt = make_prompt(seed)

@@ -17,9 +17,9 @@ import corematching as cm
 from corematching.engine.ffn import FFNBuilder
 from corematching.engine.predictors import TokenwiseFFN, load_predictors, save_predictors
 from corematching.engine.views import Ledger
-from corematching.methods.base import FFNView
 from corematching.methods.coreinfer import most_counted, token_counts
 from corematching.methods.predictor import Predictor, most_active, recall
+from corematching.methods.views import FFNView
 from corematching.training.predictors import Samples, collect, train_predictor
 
 WIDTH = 48

@@ -274,8 +274,8 @@ def _groups(state: PromptState, cache: DynamicCache) -> list[list[int]]:
 
 
 def _parts(cache: DynamicCache, depth: int) -> tuple[list[Tensor], list[Tensor]]:
-    layers = cache.layers[:depth]
-    return [layer.keys for layer in layers], [layer.values for layer in layers]  # type: ignore[misc]
+    layers: list[Any] = cache.layers[:depth]
+    return [layer.keys for layer in layers], [layer.values for layer in layers]
 
 
 def _buffer(part: Tensor, room: int) -> Tensor:

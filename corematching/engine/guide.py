@@ -15,8 +15,9 @@ from corematching.engine.layout import Layout
 from corematching.engine.trace import GuideTrace, SampleTrace, Trace
 from corematching.engine.views import heads_of, rotate
 from corematching.errors import UserError
-from corematching.methods.base import BeforeLayer, Guide, Keep, LayerView, Method
+from corematching.methods.base import BeforeLayer, Guide, Keep, Method
 from corematching.methods.dense import Dense
+from corematching.methods.views import LayerView
 from corematching.models.families import Family, family_of
 from corematching.models.loading import load_model
 
@@ -243,7 +244,10 @@ class Guidance:
     def _finish(self, stock: Callable, given: dict[str, Tensor], options: dict[str, Any], reading: Reading) -> Any:
         """Take confident answers of the guide, let the guided model answer the other prompts."""
         threshold, batch = self.stage.early_exit, len(reading.scores)
-        reading.exits = [threshold is not None and own >= threshold for own in reading.confidence or []]
+        if threshold is not None and reading.confidence is not None:
+            # Without an image there is nothing to guide, and nothing to compare a pruned image with.
+            sees = [count > 0 for count in self._images(given)]
+            reading.exits = [own >= threshold and seen for own, seen in zip(reading.confidence, sees, strict=True)]
         rows = [row for row in range(batch) if row not in reading.final]
         if len(rows) == batch:
             return self._guided(stock, given, options, reading, rows)
@@ -277,14 +281,18 @@ class Guidance:
     def _pad_token(self) -> int:
         return self.session.model.generation_config.pad_token_id or 0
 
+    def _images(self, given: dict[str, Tensor]) -> list[int]:
+        """Images per prompt."""
+        counts = (given["input_ids"] == self.family.image_token_id(self.model.config)).sum(1)
+        return (counts // self.session.geometry.image_tokens).tolist()
+
     def _only(self, given: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
         """The prompts of some rows, with their images."""
-        counts = (given["input_ids"] == self.family.image_token_id(self.model.config)).sum(1)
-        images = (counts // self.session.geometry.image_tokens).tolist()
+        images = self._images(given)
         firsts = [sum(images[:row]) for row in range(len(images))]
         wanted = [image for row in rows for image in range(firsts[row], firsts[row] + images[row])]
         part = {name: value[rows] for name, value in given.items() if name != "pixel_values"}
-        return {**part, "pixel_values": given["pixel_values"][wanted]}
+        return {**part, "pixel_values": given["pixel_values"][wanted]} if wanted else part
 
     def _interleaved(self, reading: Reading, given: dict[str, Tensor], inner: Trace) -> list[SampleTrace]:
         """Traces in the order of the prompts: those of the guided model, and those it was spared."""

@@ -83,7 +83,7 @@ def _prefill(session, state, hidden, attention_mask, position_ids, cache, use_ca
     return hidden
 
 
-def _reduced_mask(config: Any, hidden: Tensor, layout: Layout) -> Tensor | None:
+def _reduced_mask(config: Any, hidden: Tensor, layout: Layout) -> Any:
     """The causal mask of a reduced sequence, in the form the attention implementation wants."""
     return create_causal_mask(
         config=config,
@@ -188,7 +188,10 @@ def _shrink_kv(decision: KeepKV | ZeroKV | None, state: PromptState, index: int,
         layer_cache.values = layer_cache.values.gather(2, gather)
         batch, width = decision.index.shape[0], decision.index.shape[2]
         state.kv_valid[index] = decision.valid
-        state.kv_lengths[index] = [width] * batch if decision.valid is None else decision.valid.sum(1).tolist()
+        counts = decision.counts
+        if counts is None:
+            counts = [width] * batch if decision.valid is None else decision.valid.sum(1).tolist()
+        state.kv_lengths[index] = counts
 
 
 def _decode(session, state, hidden, attention_mask, position_ids, cache, use_cache, kwargs) -> Tensor:

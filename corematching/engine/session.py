@@ -89,7 +89,7 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------ installation
     def install(self) -> None:
-        base = self.family.base(self.model)
+        base: Any = self.family.base(self.model)
         self._hook(base.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
         self._hook(self.family.head(self.model).register_forward_pre_hook(self._note_head))
         self._replace(self.decoder, "forward", self._decoder_forward)
@@ -247,7 +247,7 @@ class Session:
         return hidden, layout
 
 
-def _by_layer(stages: list[Any], kind: type) -> defaultdict[int, list[Any]]:
+def _by_layer(stages: list[Any], kind: Any) -> defaultdict[int, list[Any]]:
     grouped: defaultdict[int, list[Any]] = defaultdict(list)
     for stage in stages:
         if isinstance(stage, kind):

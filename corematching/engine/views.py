@@ -21,7 +21,7 @@ class Ledger:
 
 @dataclass
 class Prompt:
-    """See :class:`corematching.methods.base.PromptView`."""
+    """See :class:`corematching.methods.views.PromptView`."""
 
     input_ids: Tensor
     embeds: Tensor
@@ -100,7 +100,7 @@ class AttentionSignals:
 
 @dataclass
 class LayerSignals:
-    """See :class:`corematching.methods.base.LayerView`."""
+    """See :class:`corematching.methods.views.LayerView`."""
 
     layer: int
     prompt: Prompt
@@ -186,7 +186,7 @@ class LayerSignals:
 
 @dataclass
 class KVSignals:
-    """See :class:`corematching.methods.base.KVView`."""
+    """See :class:`corematching.methods.views.KVView`."""
 
     layer: int
     keys: Tensor
@@ -227,7 +227,7 @@ class KVSignals:
 
 @dataclass
 class FFNSignals:
-    """See :class:`corematching.methods.base.FFNView`."""
+    """See :class:`corematching.methods.views.FFNView`."""
 
     layer: int
     activations: Tensor

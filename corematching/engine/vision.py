@@ -18,7 +18,7 @@ from corematching.models.families import Family
 
 @dataclass
 class Block:
-    """See :class:`corematching.methods.base.BlockView`."""
+    """See :class:`corematching.methods.views.BlockView`."""
 
     layer: int
     hidden: Tensor
@@ -35,7 +35,7 @@ class Block:
 class TowerRun:
     """One pass of the tower over N images, with what later stages may ask about it.
 
-    Also the :class:`corematching.methods.base.VisionView` handed to a :class:`VisionOutput` stage.
+    Also the :class:`corematching.methods.views.VisionView` handed to a :class:`VisionOutput` stage.
     """
 
     tower: nn.Module

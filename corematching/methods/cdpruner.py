@@ -10,18 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import (
-    Budget,
-    Geometry,
-    Keep,
-    Method,
-    Stage,
-    VisionOutput,
-    VisionView,
-    check_budget,
-    check_count,
-    count_of,
-)
+from corematching.methods.base import Geometry, Keep, Method, Stage, VisionOutput
+from corematching.methods.parameters import Budget, check_budget, check_count, count_of
+from corematching.methods.views import VisionView
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corematching.errors import UserError
-from corematching.methods.base import ChooseNeurons, FFNView, Geometry, Method, Neurons, Stage, check_budget
+from corematching.methods.base import ChooseNeurons, Geometry, Method, Neurons, Stage
 from corematching.methods.core import sentence_core_neurons, token_core_neurons
+from corematching.methods.parameters import check_budget
+from corematching.methods.views import FFNView
 
 
 def layer_range(layers: tuple[int, int] | None, depth: int) -> range:

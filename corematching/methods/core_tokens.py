@@ -9,26 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    Keep,
-    LayerView,
-    Method,
-    Stage,
-    check_budget,
-    check_choice,
-    check_count,
-    place,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
 from corematching.methods.core import (
     coactivation_counts,
     match_counts,
     sentence_core_neurons,
     token_core_neurons,
 )
+from corematching.methods.parameters import Budget, check_budget, check_choice, check_count, place
 from corematching.methods.selection import elbow_keep, keep_top
+from corematching.methods.views import LayerView
 
 SCORES = ("core", "last", "cosine", "attention")
 THRESHOLDS = ("elbow", "keep")

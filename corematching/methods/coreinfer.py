@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from corematching.methods.base import ChooseNeurons, FFNView, Geometry, Method, Neurons, Stage, check_budget
+from corematching.methods.base import ChooseNeurons, Geometry, Method, Neurons, Stage
 from corematching.methods.core_neurons import layer_range
+from corematching.methods.parameters import check_budget
+from corematching.methods.views import FFNView
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corematching.errors import UserError
-from corematching.methods.base import Budget, Geometry, Method, Stage, check_budget
+from corematching.methods.base import Geometry, Method, Stage
 from corematching.methods.core_neurons import CoreNeurons
 from corematching.methods.core_tokens import CoreTokens
+from corematching.methods.parameters import Budget, check_budget
 
 
 @dataclass(frozen=True)

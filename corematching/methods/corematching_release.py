@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corematching.methods.base import AfterPrefill, Geometry, KVView, Method, Stage, ZeroKV, check_layer
+from corematching.methods.base import AfterPrefill, Geometry, Method, Stage, ZeroKV
 from corematching.methods.core import coactivation_counts
+from corematching.methods.parameters import check_layer
 from corematching.methods.selection import elbow_keep
+from corematching.methods.views import KVView
 
 
 @dataclass(frozen=True)

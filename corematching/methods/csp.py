@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import (
-    AfterPrefill,
-    Budget,
-    Geometry,
-    KeepKV,
-    KVView,
-    Method,
-    Stage,
-)
+from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import (
     attention_received,
     check_recent,
@@ -27,6 +19,8 @@ from corematching.methods.kv import (
     per_row,
     recent_counts,
 )
+from corematching.methods.parameters import Budget
+from corematching.methods.views import KVView
 
 
 @dataclass(frozen=True)

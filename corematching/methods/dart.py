@@ -10,18 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    Keep,
-    LayerView,
-    Method,
-    Stage,
-    check_budget,
-    check_count,
-    place,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
+from corematching.methods.parameters import Budget, check_budget, check_count, place
+from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)

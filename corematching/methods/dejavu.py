@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from corematching.methods.base import Geometry, Method, Neurons, PredictNeurons, Stage, check_budget
+from corematching.methods.base import Geometry, Method, Neurons, PredictNeurons, Stage
+from corematching.methods.parameters import check_budget
 from corematching.methods.predictor import Predictor
 
 

@@ -7,18 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from corematching.methods.base import (
-    Budget,
-    Geometry,
-    Keep,
-    Method,
-    Stage,
-    VisionOutput,
-    VisionView,
-    check_budget,
-    check_count,
-)
+from corematching.methods.base import Geometry, Keep, Method, Stage, VisionOutput
+from corematching.methods.parameters import Budget, check_budget, check_count
 from corematching.methods.selection import keep_top_patches
+from corematching.methods.views import VisionView
 
 
 @dataclass(frozen=True)

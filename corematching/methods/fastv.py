@@ -5,19 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    Keep,
-    LayerView,
-    Method,
-    Stage,
-    check_budget,
-    check_count,
-    place,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
+from corematching.methods.parameters import Budget, check_budget, check_count, place
 from corematching.methods.selection import keep_top
+from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)

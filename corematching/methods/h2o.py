@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from corematching.methods.base import AfterPrefill, Budget, Geometry, KeepKV, KVView, Method, Stage
+from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import (
     attention_received,
     check_recent,
@@ -17,6 +17,8 @@ from corematching.methods.kv import (
     per_row,
     recent_counts,
 )
+from corematching.methods.parameters import Budget
+from corematching.methods.views import KVView
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import Budget, KeepKV, KVView, check_budget, count_of
+from corematching.methods.base import KeepKV
+from corematching.methods.parameters import Budget, check_budget, count_of
+from corematching.methods.views import KVView
 
 ROWS_AT_ONCE = 64
 """Query rows whose attention is held at a time."""
@@ -109,4 +111,4 @@ def keep_marked(marked: Tensor, counts: list[int], positions: Tensor | None = No
     valid = distance_from_end(index[:, 0]) <= per_row(counts, index)
     if positions is not None:
         index = positions.gather(2, index)
-    return KeepKV(index, None if min(counts) == width else valid)
+    return KeepKV(index, None if min(counts) == width else valid, counts)

@@ -8,19 +8,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    LayerView,
-    Method,
-    Replace,
-    Stage,
-    check_budget,
-    check_count,
-    check_layer,
-    count_of,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Method, Replace, Stage
+from corematching.methods.parameters import Budget, check_budget, check_count, check_layer, count_of
+from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)
@@ -78,6 +68,6 @@ class Pooling(Method):
 
 
 def pooled_grid(keep: int, rows: int, columns: int) -> tuple[int, int]:
-    """The largest grid of at most ``keep`` cells within ``rows x columns``; of equals the squarest, then the tallest."""
+    """The largest grid of at most ``keep`` cells within ``rows x columns``; ties: squarest, then tallest."""
     grids = [(r, min(columns, keep // r)) for r in range(1, min(rows, keep) + 1)]
     return max(grids, key=lambda grid: (grid[0] * grid[1], -abs(grid[0] - grid[1]), grid[0]))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import Geometry, Method, Neurons, PredictNeurons, Stage, check_budget
+from corematching.methods.base import Geometry, Method, Neurons, PredictNeurons, Stage
+from corematching.methods.parameters import check_budget
 from corematching.methods.predictor import Predictor
 
 

@@ -10,15 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from corematching.methods.base import (
-    Geometry,
-    Method,
-    Replace,
-    Stage,
-    VisionOutput,
-    VisionView,
-    check_budget,
-)
+from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput
+from corematching.methods.parameters import check_budget
+from corematching.methods.views import VisionView
 
 NEIGHBOURS = 32
 """Most similar tokens that are added to each kept one: a constant of the official code."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput, VisionView, check_budget
+from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput
+from corematching.methods.parameters import check_budget
 from corematching.methods.prumerge import prune_and_merge
+from corematching.methods.views import VisionView
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,10 @@ from functools import partial
 from typing import ClassVar
 
 from corematching.errors import UserError
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    Keep,
-    LayerView,
-    Method,
-    Stage,
-    check_budget,
-    check_count,
-    check_layer,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
+from corematching.methods.parameters import Budget, check_budget, check_count, check_layer
 from corematching.methods.selection import keep_top
+from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    Keep,
-    LayerView,
-    Method,
-    Stage,
-    check_budget,
-    check_count,
-    check_layer,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
+from corematching.methods.parameters import Budget, check_budget, check_count, check_layer
 from corematching.methods.selection import hashed_noise, keep_top, sample_keys
+from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)

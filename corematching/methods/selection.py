@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corematching.methods.base import Budget, Keep, count_of
+from corematching.methods.base import Keep
+from corematching.methods.parameters import Budget, count_of
 
 
 def keep_top(scores: Tensor, keep: Budget, valid: Tensor, counts: list[int], totals: list[int] | None = None) -> Keep:

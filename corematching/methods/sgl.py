@@ -8,19 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import (
-    Budget,
-    Geometry,
-    Guide,
-    Keep,
-    LayerView,
-    Method,
-    Stage,
-    check_budget,
-    check_count,
-    check_layer,
-)
+from corematching.methods.base import Geometry, Guide, Keep, Method, Stage
+from corematching.methods.parameters import Budget, check_budget, check_count, check_layer
 from corematching.methods.selection import keep_top
+from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)

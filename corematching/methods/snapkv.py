@@ -11,18 +11,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from corematching.errors import UserError
-from corematching.methods.base import (
-    AfterPrefill,
-    Budget,
-    Geometry,
-    KeepKV,
-    KVView,
-    Method,
-    Stage,
-    check_budget,
-    check_choice,
-)
+from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import attention_received, distance_from_end, keep_best, kept_counts, per_row
+from corematching.methods.parameters import Budget, check_budget, check_choice
+from corematching.methods.views import KVView
 
 POOLINGS: dict[str, Callable[..., Tensor]] = {"avg": avg_pool1d, "max": max_pool1d}
 

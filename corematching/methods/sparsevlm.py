@@ -9,30 +9,19 @@ import torch
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    Keep,
-    LayerView,
-    Method,
-    PromptView,
-    Replace,
-    Stage,
-    check_budget,
-    check_choice,
-    check_count,
-    check_layer,
-    count_of,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Replace, Stage
 from corematching.methods.clustering import cluster_means, density_peak_clusters
-from corematching.methods.selection import keep_top
+from corematching.methods.parameters import Budget, check_budget, check_choice, check_count, check_layer, count_of
+from corematching.methods.selection import top_mask
+from corematching.methods.views import LayerView, PromptView
 
 SCHEDULES = {
     "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
     "2.0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
 }
 """Tokens kept after each pruning layer, by version and nominal budget (an average over the layers)."""
+RANK_TOLERANCE = 1e-5
+"""Singular values below this share of the largest do not count towards a rank (single precision)."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +38,9 @@ class SparseVLM(Method):
     what rotary positions alone would give, averages the ``priority_heads`` heads with the largest corrected attention
     only, recycles nothing and keeps position ids.
 
-    Differences from the paper: counts come from fixed lists, as in the official code; the paper derives them from the
-    rank of the attention matrix. Differences from the official code: ties in the clustering are broken by order
+    Difference from the paper: counts come from fixed lists, as in the official code. ``schedule="rank"`` is the paper's
+    rule instead: of n visual tokens, ``rank_scale * (n - rank)`` leave, with the rank of the raters' attention to them.
+    The kept number is then **adaptive**. Differences from the official code: ties in the clustering are broken by order
     instead of random noise; a layer whose count is not below what is there prunes nothing (the official code always
     drops one token); without any rater, all question tokens rate; question tokens are those after the last image.
 
@@ -62,18 +52,21 @@ class SparseVLM(Method):
         Nominal budget with an official list: 192, 128, 96 or 64 (an average over 32 layers, not a count at any layer).
     schedule
         Tokens kept after each of ``layers`` instead (counts, or fractions of the original number); recycled tokens
-        come on top.
+        come on top. "rank" makes the counts adaptive (version "1.5").
     layers
         Decoder layers whose output is pruned.
     priority_heads
         Heads that count in version 2.0; the official code has 14 whatever the model.
+    rank_scale
+        Share of the redundant tokens (more than the rank) that leave with ``schedule="rank"``, in (0, 1].
     """
 
     version: str
     keep: int
-    schedule: tuple[Budget, ...] | None
+    schedule: tuple[Budget, ...] | str | None
     layers: tuple[int, ...]
     priority_heads: int
+    rank_scale: float
     acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __post_init__(self) -> None:
@@ -83,16 +76,24 @@ class SparseVLM(Method):
             if self.keep not in SCHEDULES[self.version]:
                 valid = ", ".join(map(str, SCHEDULES[self.version]))
                 raise UserError(f"keep={self.keep!r} is not valid: give {valid}, or a schedule of one count per layer")
+        elif isinstance(self.schedule, str):
+            check_choice("schedule", self.schedule, ("rank",))
+            check_budget("rank_scale", self.rank_scale, fraction_only=True)
+            if self.version != "1.5":
+                raise UserError(f"schedule='rank' is not valid with version={self.version}: it belongs to 1.5")
         elif len(self.schedule) != len(self.layers):
             raise UserError(
                 f"schedule={list(self.schedule)} is not valid: give one entry for each of layers={list(self.layers)}"
             )
         for budget in self.budgets:
-            check_budget("schedule", budget)
+            if budget is not None:
+                check_budget("schedule", budget)
 
     @property
-    def budgets(self) -> tuple[Budget, ...]:
-        """Tokens kept after each pruning layer."""
+    def budgets(self) -> tuple[Budget | None, ...]:
+        """Tokens kept after each pruning layer; None = adaptive."""
+        if isinstance(self.schedule, str):
+            return (None,) * len(self.layers)
         return SCHEDULES[self.version][self.keep] if self.schedule is None else self.schedule
 
     def stages(self, geometry: Geometry) -> list[Stage]:
@@ -105,15 +106,32 @@ class SparseVLM(Method):
         stages: list[BeforeLayer] = []
         for layer, budget in zip(self.layers, self.budgets, strict=True):
             check_layer("layers", layer, geometry.depth - 1, first=stages[-1].layer if stages else 0)
-            if self.schedule is not None:
+            if self.schedule is not None and budget is not None:
                 check_count("schedule", budget, geometry.image_tokens)
             stages.append(BeforeLayer(layer + 1, _Pruning(self, budget), renumber=self.version == "1.5"))
-        if self.schedule is None and geometry.image_tokens < self.budgets[0]:
+        if self.schedule is None and geometry.image_tokens < max(SCHEDULES[self.version][self.keep]):
             raise UserError(
-                f"keep={self.keep} keeps {self.budgets[0]} tokens at first, an image of this model has "
-                f"{geometry.image_tokens}: give a schedule"
+                f"keep={self.keep} keeps {max(SCHEDULES[self.version][self.keep])} tokens at first, an image of this "
+                f"model has {geometry.image_tokens}: give a schedule"
             )
         return list(stages)
+
+    def kept_counts(self, view: LayerView, budget: Budget | None) -> list[int]:
+        """Visual tokens to keep per sample."""
+        if budget is not None:
+            return [
+                min(now, count_of(budget, total))
+                for now, total in zip(view.visual_counts, view.prompt.image_counts, strict=True)
+            ]
+        raters, weights = rater_rows(view.prompt, view.hidden.shape[1])
+        relation = view.attention(view.layer - 1, raters).mean(1)
+        real = (weights > 0)[..., None] & view.visual_valid[:, None]
+        relation = relation.gather(2, view.visual[:, None].expand(-1, relation.shape[1], -1)) * real
+        view.spend(2 * relation.shape[1] ** 2 * relation.shape[2])
+        ranks = torch.linalg.matrix_rank(relation, rtol=RANK_TOLERANCE).tolist()
+        return [
+            now - int(self.rank_scale * max(now - rank, 0)) for now, rank in zip(view.visual_counts, ranks, strict=True)
+        ]
 
     def scores(self, view: LayerView) -> Tensor:
         """[B, V], higher = keep."""
@@ -135,15 +153,14 @@ class _Pruning:
     """What happens at one pruning layer."""
 
     method: SparseVLM
-    budget: Budget
+    budget: Budget | None
 
     def __call__(self, view: LayerView) -> Keep | Replace | None:
-        totals = view.prompt.image_counts
-        wanted = [count_of(self.budget, total) if total else 0 for total in totals]
-        if all(keep >= now for keep, now in zip(wanted, view.visual_counts, strict=True)):
+        wanted = self.method.kept_counts(view, self.budget)
+        if wanted == view.visual_counts:
             return None
         scores = self.method.scores(view)
-        kept = keep_top(scores, self.budget, view.visual_valid, view.visual_counts, totals)
+        kept = Keep(top_mask(scores, view.visual_valid, wanted), wanted)
         return kept if self.method.version == "2.0" else recycle(view, scores, kept)
 
 

@@ -5,17 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corematching.methods.base import (
-    AfterPrefill,
-    Budget,
-    Geometry,
-    KeepKV,
-    KVView,
-    Method,
-    Stage,
-    count_of,
-)
+from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import check_recent, distance_from_end, keep_marked, kept_counts, per_row
+from corematching.methods.parameters import Budget, count_of
+from corematching.methods.views import KVView
 
 SINKS = 4
 """First positions kept by default, as in the paper."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corematching.errors import UserError
-from corematching.methods.base import BlockView, Geometry, Merge, Method, Stage, VisionBlocks
+from corematching.methods.base import Geometry, Merge, Method, Stage, VisionBlocks
 from corematching.methods.bipartite import bipartite_match, matching_flops
+from corematching.methods.views import BlockView
 
 
 @dataclass(frozen=True)

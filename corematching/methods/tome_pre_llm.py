@@ -7,19 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from corematching.methods.base import (
-    Budget,
-    Geometry,
-    Method,
-    Replace,
-    Stage,
-    VisionOutput,
-    VisionView,
-    check_budget,
-    check_count,
-    count_of,
-)
+from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput
 from corematching.methods.bipartite import bipartite_match, matching_flops
+from corematching.methods.parameters import Budget, check_budget, check_count, count_of
+from corematching.methods.views import VisionView
 
 
 @dataclass(frozen=True)

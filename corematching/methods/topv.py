@@ -10,21 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from corematching.errors import UserError
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    Keep,
-    LayerView,
-    Method,
-    Stage,
-    check_budget,
-    check_choice,
-    check_count,
-    check_layer,
-    count_of,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
+from corematching.methods.parameters import Budget, check_budget, check_choice, check_count, check_layer, count_of
 from corematching.methods.selection import top_mask
+from corematching.methods.views import LayerView
 
 FEATURES = ("cosine", "euclidean")
 IMPORTANCE = ("cost", "mass")

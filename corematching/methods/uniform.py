@@ -7,19 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from corematching.methods.base import (
-    BeforeLayer,
-    Budget,
-    Geometry,
-    Keep,
-    LayerView,
-    Method,
-    Stage,
-    check_budget,
-    check_count,
-    check_layer,
-    count_of,
-)
+from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
+from corematching.methods.parameters import Budget, check_budget, check_count, check_layer, count_of
+from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)

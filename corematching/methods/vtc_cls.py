@@ -7,19 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from corematching.methods.base import (
-    Budget,
-    Geometry,
-    Keep,
-    Method,
-    Stage,
-    VisionOutput,
-    VisionView,
-    check_budget,
-    check_count,
-    place,
-)
+from corematching.methods.base import Geometry, Keep, Method, Stage, VisionOutput
+from corematching.methods.parameters import Budget, check_budget, check_count, place
 from corematching.methods.selection import keep_top_patches
+from corematching.methods.views import VisionView
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from corematching.methods.base import (
-    ChooseNeurons,
-    FFNView,
-    Geometry,
-    Method,
-    Neurons,
-    Stage,
-    check_budget,
-    check_choice,
-)
+from corematching.methods.base import ChooseNeurons, Geometry, Method, Neurons, Stage
 from corematching.methods.core_neurons import layer_range
+from corematching.methods.parameters import check_budget, check_choice
+from corematching.methods.views import FFNView
 
 SCORES = ("wanda", "magnitude")
 

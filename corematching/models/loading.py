@@ -86,7 +86,7 @@ def load_model(
         config.text_config.num_hidden_layers = num_layers
     resolved = _dtype(dtype, device, weights)
     if weights == "random":
-        model = _random_model(config, resolved, device, seed)
+        model: Any = _random_model(config, resolved, device, seed)
     else:
         model = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=resolved, revision=revision)
         model = model.to(device)
@@ -118,7 +118,8 @@ def _architecture(name: str) -> Any:
     """The architecture that a ``conf/model`` file spells out, as a dictionary; None if it does not."""
     if name not in group_names("model"):
         return None
-    architecture = OmegaConf.load(CONF / "model" / f"{name}.yaml").get("architecture")
+    config: Any = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    architecture = config.get("architecture")
     return None if architecture is None else OmegaConf.to_container(architecture)
 
 

@@ -1,0 +1,297 @@
+"""The signals a method may ask for, as the engine offers them.
+
+Shapes use the letters of :mod:`corematching.methods.base`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class PromptView(Protocol):
+    """What is known of the prompt before layer 0; the same object for every stage of one prefill."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Long [B, N]."""
+        ...
+
+    @property
+    def embeds(self) -> Tensor:
+        """[B, N, d] input embeddings with the visual features in place (before any reduction)."""
+        ...
+
+    @property
+    def visual_mask(self) -> Tensor:
+        """Bool [B, N]: positions of visual tokens."""
+        ...
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool [B, N]: False on padding."""
+        ...
+
+    @property
+    def image_counts(self) -> list[int]:
+        """Visual tokens per sample before any reduction."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per image, (rows, columns)."""
+        ...
+
+    @property
+    def question_lengths(self) -> list[int]:
+        """Tokens after the last visual token per sample, on the host (the first use synchronises to count them).
+
+        They are the last ones of the sequence at every layer.
+        """
+        ...
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """Scratch space of this prefill, for what a method works out once and uses at several layers."""
+        ...
+
+
+class LayerView(Protocol):
+    """Signals at the input of a decoder layer during prefill."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def prompt(self) -> PromptView: ...
+
+    @property
+    def hidden(self) -> Tensor:
+        """[B, n, d] input of the layer (= output of the layer before)."""
+        ...
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool [B, n]: False on padding (left)."""
+        ...
+
+    @property
+    def visual(self) -> Tensor:
+        """Long [B, V]: positions of the visual tokens in the current sequence, ascending."""
+        ...
+
+    @property
+    def visual_valid(self) -> Tensor:
+        """Bool [B, V]: False on padded slots."""
+        ...
+
+    @property
+    def visual_counts(self) -> list[int]:
+        """Visual tokens per sample, on the host."""
+        ...
+
+    @property
+    def origin(self) -> Tensor:
+        """Long [B, V]: original visual index of each slot (-1: none)."""
+        ...
+
+    @property
+    def source(self) -> Tensor:
+        """Long [B, n]: index of each token in the original prompt (-1: padding or none)."""
+        ...
+
+    def attention(self, layer: int, rows: Tensor | None = None) -> Tensor:
+        """Attention probabilities [B, H, R, n] of query rows (long [B, R]; default: the last position) at ``layer``.
+
+        ``layer`` is this view's layer (its projections on its input) or the one before (what it really computed).
+        """
+        ...
+
+    def queries_keys(self, layer: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rotated queries [B, H, R, hd] of the rows and keys [B, H, n, hd] of all tokens at ``layer``."""
+        ...
+
+    def activations(self) -> Tensor:
+        """FFN activations [B, n, I] of the layer before (the stage must declare ``activations=True``)."""
+        ...
+
+    @property
+    def entered(self) -> Tensor:
+        """[B, n, d] what entered the layer before."""
+        ...
+
+    def normed(self) -> Tensor:
+        """[B, n, d] ``hidden`` under the decoder's final norm."""
+        ...
+
+    def attended(self) -> Tensor:
+        """[B, n, d] the layer before after attention and its norm (the stage must declare ``attended=True``)."""
+        ...
+
+    def position_kernel(self, layer: int, rows: Tensor) -> Tensor:
+        """[B, R, n] what rotary positions alone make of the attention logits: those of all-ones queries and keys."""
+        ...
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Pick the visual tokens of a per-token tensor: [B, n, ...] -> [B, V, ...]."""
+        ...
+
+    def spend(self, flops: float) -> None:
+        """Book method overhead, in FLOPs per sample (2 per multiply-add)."""
+        ...
+
+
+class VisionView(Protocol):
+    """Signals of the vision tower, N images at a time; patches exclude [CLS]."""
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def features(self) -> Tensor:
+        """[N, P, d_v] patch features at the feature layer."""
+        ...
+
+    @property
+    def cls(self) -> Tensor:
+        """[N, d_v] the [CLS] feature at the feature layer."""
+        ...
+
+    def hidden(self, index: int) -> Tensor:
+        """Hidden states [N, P + 1, d_v]; ``index`` counts as transformers' ``hidden_states`` does."""
+        ...
+
+    def cls_attention(self, layer: int) -> Tensor:
+        """Attention probabilities [N, H, P] of [CLS] to the patches in tower layer ``layer`` (may be negative)."""
+        ...
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys [N, P + 1, H, hd] of tower layer ``layer`` on its normed input, bias included, not scaled."""
+        ...
+
+    def cls_query(self, layer: int) -> Tensor:
+        """Query [N, H, hd] of [CLS] in tower layer ``layer``, bias included, not scaled."""
+        ...
+
+    @property
+    def projected(self) -> Tensor:
+        """[N, P, d] ``features`` after the multi-modal projector, computed once."""
+        ...
+
+    def clip_embeddings(self, text_model: str) -> tuple[Tensor, list[Tensor]]:
+        """CLIP's embeddings, not normalised: [N, P, c] of the patches, per image [M, c] of its prompt's instruction.
+
+        ``text_model`` is the path or hub id of the CLIP model that the tower comes from; M counts segments of CLIP's
+        context length.
+        """
+        ...
+
+    def spend(self, flops: float) -> None:
+        """Book method overhead, in FLOPs per image (2 per multiply-add)."""
+        ...
+
+
+class BlockView(Protocol):
+    """One block of the vision tower, between the attention residual and the MLP."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def hidden(self) -> Tensor:
+        """[N, T, d_v]."""
+        ...
+
+    @property
+    def keys(self) -> Tensor:
+        """[N, T, H, hd] keys of this block's attention."""
+        ...
+
+    @property
+    def sizes(self) -> Tensor:
+        """[N, T, 1] how many patches each token stands for."""
+        ...
+
+    @property
+    def origin(self) -> Tensor:
+        """Long [N, T] representative of each token."""
+        ...
+
+    def spend(self, flops: float) -> None:
+        """Book method overhead, in FLOPs per image."""
+        ...
+
+
+class KVView(Protocol):
+    """One decoder layer after its prefill."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, H_kv, n, hd] rotated keys."""
+        ...
+
+    @property
+    def values(self) -> Tensor:
+        """[B, H_kv, n, hd]."""
+        ...
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool [B, n]."""
+        ...
+
+    @property
+    def visual_mask(self) -> Tensor:
+        """Bool [B, n]: visual tokens."""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Valid tokens per sample, on the host."""
+        ...
+
+    @property
+    def source(self) -> Tensor:
+        """Long [B, n] index of each token in the original prompt."""
+        ...
+
+    @property
+    def prompt(self) -> PromptView: ...
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """Rotated queries [B, H, R, hd] of the given positions (long [R], from the layer's own input)."""
+        ...
+
+    def activations(self) -> Tensor:
+        """FFN activations [B, n, I] of this layer (the stage must declare ``activations=True``)."""
+        ...
+
+    def spend(self, flops: float) -> None: ...
+
+
+class FFNView(Protocol):
+    """FFN activations of one layer's prefill."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def activations(self) -> Tensor:
+        """[B, n, I]."""
+        ...
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool [B, n]."""
+        ...
+
+    @property
+    def down_weight(self) -> Tensor:
+        """[d, I] the layer's down projection."""
+        ...
+
+    def spend(self, flops: float) -> None: ...
