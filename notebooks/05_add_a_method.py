@@ -18,8 +18,6 @@ import corematching as cm
 from corematching.evaluation.generator import Generator, Question
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
 from corematching.methods.parameters import check_budget, check_layer
-from corematching.methods.parameters import check_budget, check_layer
-from corematching.methods.views import LayerView
 from corematching.methods.selection import keep_top
 from corematching.methods.views import LayerView
 from corematching.results import evidence_figures

@@ -45,6 +45,10 @@ def test_publish_writes_every_figure_twice_alike(experiment, tmp_path):
     assert b"CreationDate" not in (tmp_path / "a" / "figures" / "layers.pdf").read_bytes()
 
 
+def test_notebooks_show_figures(aggregation):
+    assert figures.heat_map(aggregation.cells)._repr_png_().startswith(b"\x89PNG")
+
+
 def test_pareto_points_are_the_tables_numbers(aggregation):
     points = figures.pareto_points(aggregation.cells, aggregation.efficiency).set_index(["method", "keep"])
     table = aggregation.tables[0]

@@ -61,6 +61,13 @@ def styles(cells: pd.DataFrame) -> dict[str, dict]:
     return chosen
 
 
+class ShownFigure(Figure):
+    """A figure that notebooks show as it is saved, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
 def name_of(method: str, keep: object = None) -> str:
     """A method's label and budget, short enough for a legend."""
     short = method if len(method) <= 34 else method[:33] + "…"
@@ -70,7 +77,7 @@ def name_of(method: str, keep: object = None) -> str:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure in the house style, with a canvas of its own (no window, no global state)."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = ShownFigure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
     return figure
 
