@@ -62,7 +62,7 @@ def test_a_crash_while_writing_leaves_no_cell(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store_module, "_sync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
         store.write(record(), pd.DataFrame({"doc_id": [0]}))
     assert list(store.cells.iterdir()) == []
     monkeypatch.undo()

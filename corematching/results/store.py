@@ -57,6 +57,7 @@ class Store:
             probe = self.root / "staging" / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
+            next(self.cells.iterdir(), None)
         except OSError as error:
             raise UserError(
                 f"cannot write results to '{self.root}' ({error.strerror}); choose another folder with results_dir=PATH"
@@ -109,11 +110,22 @@ class Store:
         ------
         ValueError
             If the record lacks what every reader relies on.
+        UserError
+            If the disk does not take it; nothing half-written is left among the cells.
         """
         record = plain(record)
         problem = _problem(record, record.get("id"))
         if problem:
             raise ValueError(f"not a cell record: {problem}")
+        try:
+            return self._publish(record, samples)
+        except OSError as error:
+            raise UserError(
+                f"cannot store a cell in '{self.root}' ({error.strerror or error}); finished cells are safe, "
+                "run the same command again to resume"
+            ) from error
+
+    def _publish(self, record: dict[str, Any], samples: "pd.DataFrame | None") -> Path:
         target = self.cells / record["id"]
         staged = self.root / "staging" / f"{record['id']}-{os.getpid()}"
         shutil.rmtree(staged, ignore_errors=True)
