@@ -144,6 +144,21 @@ def test_something_is_saved_and_the_cost_of_choosing_is_booked(name, build, rand
     assert cm.flops(random_llava.config, sample).overhead > 0 or name == "streaming_llm"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm 2.0", "pyramiddrop", "topv", "csp", "sgl"])
+def test_prompts_without_an_image_share_a_batch_with_others(name, build, random_llava):
+    ids = torch.arange(3, 26)[None]
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    image = make_prompt(1)
+    mixed = left_pad([{**text, "pixel_values": image["pixel_values"][:0]}, image])
+    parameters = {**REDUCED[name], **({"early_exit": 1e-30} if name == "sgl" else {})}
+    with build(name, **parameters)(random_llava) as trace:
+        together = greedy(random_llava, mixed)
+        alone = torch.cat([greedy(random_llava, text), greedy(random_llava, image)])
+    assert torch.equal(together, alone)
+    assert [sample.image_tokens for sample in trace.samples] == [0, 64, 0, 64]
+
+
 @pytest.mark.parametrize(("method", "path"), recorded(GOLDENS), ids=lambda value: getattr(value, "stem", value))
 def test_official_recordings_are_reproduced(method, path):
     row = compare(method, path)
@@ -182,6 +197,25 @@ def test_sparsevlm_score_is_the_raters_mean_attention(random_llava):
     attention = eager_attention(random_llava, prompt)[2]
     score = attention[0].mean(0)[raters, start : start + IMAGE_TOKENS].mean(0)
     assert kept[kept >= 0].tolist() == score.topk(12).indices.sort().values.tolist()
+
+
+@torch.no_grad()
+def test_sparsevlm_paper_counts_follow_the_rank(random_llava, prompts):
+    method = cm.build_method("sparsevlm", schedule="rank", rank_scale=0.5, layers=[2])
+    with method(random_llava) as trace:
+        together = greedy(random_llava, left_pad(prompts))
+        batch = trace.drain()
+        alone = torch.cat([greedy(random_llava, prompt) for prompt in prompts])
+        single = trace.drain()
+    assert torch.equal(together, alone)
+    for sample, own in zip(batch, single, strict=True):
+        assert torch.equal(sample.visual_tokens[3], own.visual_tokens[3])
+    kept = [int((sample.visual_tokens[3] >= 0).sum()) for sample in batch]
+    # Raters are at most the question's tokens, and so is the rank of their attention.
+    for count, total, question in zip(kept, (64, 64, 128), (5, 17, 9), strict=True):
+        ranks = range(1, question + 1)
+        assert count in {total - int(0.5 * (total - rank)) for rank in ranks}
+    assert kept[1] > kept[0]
 
 
 def eager_attention(model, inputs):
@@ -363,6 +397,8 @@ def test_sgl_refuses_a_guide_with_another_grid(random_llava, tmp_path):
     [
         ("sparsevlm", {"version": "3"}, r"version='3'.*1.5, 2.0"),
         ("sparsevlm", {"keep": 100}, r"keep=100.*192, 128, 96, 64"),
+        ("sparsevlm", {"schedule": "depth"}, r"schedule='depth'.*rank"),
+        ("sparsevlm", {"schedule": "rank", "version": "2.0"}, r"schedule='rank'.*2.0"),
         ("sparsevlm", {"schedule": [1, 2]}, r"schedule=\[1, 2\]"),
         ("pyramiddrop", {"keeps": [0.5]}, r"keeps=\[0.5\]"),
         ("pyramiddrop", {"keeps": [0.5, 0.2, 1.5]}, r"keeps=1.5"),
