@@ -36,17 +36,24 @@ def plan(model: Any, method: Method, budget: float, prompt_tokens: int, room: in
     UserError
         If the budget is too small for any split.
     """
-    config, family = model.config, family_of(model.config)
-    geometry = family.geometry(config)
-    element = torch.finfo(model.dtype).bits // 8
-    sizes = Sizes.of(config)
-    text = config.text_config
+    geometry = family_of(model.config).geometry(model.config)
+    room_for_ffns = budget - other_bytes(model, prompt_tokens, room)
+    return resident_layers(room_for_ffns, ffn_bytes(model), geometry.depth, _share(method, geometry))
+
+
+def ffn_bytes(model: Any) -> float:
+    """Weights of one decoder layer's FFN."""
+    sizes = Sizes.of(model.config)
+    return sizes.neuron * sizes.ffn_width * model.dtype.itemsize
+
+
+def other_bytes(model: Any, prompt_tokens: int, room: int) -> float:
+    """Everything but the FFNs: the other weights, the KV cache of an answer, and on a GPU a workspace."""
+    sizes, text = Sizes.of(model.config), model.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv = 2 * geometry.depth * text.num_key_value_heads * head_dim * element * (2 * prompt_tokens + room)
-    others = (sizes.total - sizes.depth * sizes.neuron * sizes.ffn_width) * element + kv
-    workspace = WORKSPACE if model.device.type == "cuda" else 0.0
-    ffn = sizes.neuron * sizes.ffn_width * element
-    return resident_layers(budget - others - workspace, ffn, geometry.depth, _share(method, geometry))
+    kv = 2 * sizes.depth * text.num_key_value_heads * head_dim * (2 * prompt_tokens + room)
+    weights = sizes.total - sizes.depth * sizes.neuron * sizes.ffn_width
+    return (weights + kv) * model.dtype.itemsize + (WORKSPACE if model.device.type == "cuda" else 0.0)
 
 
 def _share(method: Method, geometry: Any) -> float:

@@ -1,0 +1,207 @@
+"""The efficiency targets on a small CPU machine: LLaVA-1.5-7B at real width, a few layers, random weights.
+
+    python scripts/bench_cpu.py                      all targets (about 40 minutes on two idle cores)
+    python scripts/bench_cpu.py decode prefill       some of them
+    python scripts/bench_cpu.py --layers 2 --repeats 2 --output-tokens 16   a quick look
+
+Every number is a ratio of neighbouring runs in one process. The machine's load is printed first: cores shared with
+other work stretch the waiting of threads for each other and make ratios worse, never better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from statistics import median
+from typing import Any
+
+import torch
+
+from corematching import build_method, flops, load_model
+from corematching.efficiency.breakeven import measure_break_even
+from corematching.efficiency.latency import (
+    Spread,
+    clock,
+    decision_seconds,
+    fixed_inputs,
+    in_turns,
+)
+from corematching.efficiency.memory import keep_freed_memory
+from corematching.efficiency.peaks import measure_peaks
+from corematching.efficiency.roofline import decode_bytes
+from corematching.engine.compiled import EagerDecoder, decoder_of, prefill
+from corematching.models.families import family_of
+
+FULL_DEPTH = 32
+TOKEN_METHODS: dict[str, dict[str, Any]] = {
+    "random": {},
+    "uniform": {},
+    "pooling": {"keep": 0.25},
+    "fastv": {},
+    "core_tokens": {"threshold": "keep"},
+    "topv": {},
+    "dart": {},
+    "tome_pre_llm": {},
+    "visionzip": {"dominant": 162, "contextual": 30},
+    "fastervlm": {},
+    "divprune": {},
+}
+
+
+def decode(model: Any, inputs: dict, options: argparse.Namespace) -> None:
+    """One prompt, dense and sliced decode steps by turns on the same KV cache."""
+    steps = 2 * options.output_tokens
+    with build_method("core_neurons", keep=0.4)(model) as trace, torch.inference_mode():
+        cache, token = prefill(model, inputs)
+        session = model._corematching
+        state = session.states[cache]
+        static = decoder_of(model, inputs, cache, token, steps + 8, "compiled")
+        sliced, ratios, rates = state.ffn, [], []
+        for _ in range(8):  # past the dense steps that come before gathering
+            static.step()
+        times = {}
+        for _ in range(options.output_tokens):
+            for name, ffn in (("dense", {}), ("sliced", sliced)):
+                state.ffn = ffn
+                start = clock(model.device)
+                static.step()
+                times[name] = clock(model.device) - start
+            ratios.append(times["dense"] / times["sliced"])
+            rates.append(times["sliced"])
+        state.ffn = sliced
+        (sample,) = trace.drain()
+    element = model.dtype.itemsize
+    read = decode_bytes(model.config, sample, element, steps)
+    whole = decode_bytes(model.config, _without_neurons(sample), element, steps)
+    report("decode, core_neurons keep 0.4", Spread.of(ratios), whole / read, "bytes", 0.92)
+    print(f"    sliced step {1e3 * median(rates):.1f} ms, {read / median(rates) / 1e9:.1f} GB/s of weights and KV")
+
+
+def prefills(model: Any, inputs: dict, options: argparse.Namespace) -> None:
+    """FastV and core tokens at keep 64, layer 2: speed-up over the FLOPs ratio; and what deciding costs."""
+    for name, parameters in (("fastv", {}), ("core_tokens", {"threshold": "keep"})):
+        method = build_method(name, keep=64, layer=2, **parameters)
+        pair = in_turns(model, build_method("dense"), method, inputs, [1], options.repeats, "eager")
+        limit = flops(model.config, pair.dense[0].trace).total / flops(model.config, pair.method[0].trace).total
+        report(f"prefill, {name} keep 64", pair.prefill_speedup(), limit, "FLOPs", 0.90)
+        overhead(model, inputs, method, median(run.prefill for run in pair.dense))
+    method = build_method("corematching", threshold="keep", keep=64)
+    overhead(model, inputs, method, median(run.prefill for run in pair.dense))
+
+
+def overhead(model: Any, inputs: dict, method: Any, dense_prefill: float) -> None:
+    """Decisions of a method over the dense prefill, both extrapolated to the full depth (labelled so)."""
+    decisions = [median(column) for column in zip(*decision_seconds(model, method, inputs, 2), strict=True)]
+    depth = model.config.text_config.num_hidden_layers
+    more = FULL_DEPTH - depth
+    with torch.inference_mode():
+        start = clock(model.device)
+        model.model.get_image_features(inputs["pixel_values"])
+        vision = clock(model.device) - start
+    full = vision + (dense_prefill - vision) * FULL_DEPTH / depth
+    repeated = decisions[-1] * more if "neurons" in method.acts_on else 0.0
+    spent = sum(decisions) + repeated
+    print(
+        f"  overhead, {method.name}: {1e3 * sum(decisions):.0f} ms here, {1e3 * spent:.0f} ms at {FULL_DEPTH} layers "
+        f"= {100 * spent / full:.2f} % of the dense prefill there (extrapolated from {depth} layers; target <= 1 %)"
+    )
+
+
+def total(model: Any, inputs: dict, options: argparse.Namespace) -> None:
+    """CoreMatching, prefill and answer, against what FLOPs (prefill) and bytes (decode) allow; gathering included."""
+    tokens = options.output_tokens
+    method = build_method("corematching", threshold="keep", keep=64)
+    pair = in_turns(model, build_method("dense"), method, inputs, [1, tokens], max(1, options.repeats // 2), "compiled")
+    dense, ours = pair.dense[0].trace, pair.method[0].trace
+    work = flops(model.config, dense), flops(model.config, ours)
+    per_prefill = [cost.vision + cost.projector + cost.prefill for cost in work]
+    element = model.dtype.itemsize
+    read = [decode_bytes(model.config, sample, element, tokens - 1) for sample in (dense, ours)]
+    answers = [run.end_to_end[tokens] for run in pair.dense]
+    least = [
+        run.prefill * per_prefill[1] / per_prefill[0] + (run.end_to_end[tokens] - run.prefill) * read[1] / read[0]
+        for run in pair.dense
+    ]
+    limit = Spread.of([whole / low for whole, low in zip(answers, least, strict=True)]).median
+    report(f"corematching keep 64, prefill + {tokens} tokens", pair.speedup(tokens), limit, "FLOPs and bytes", 0.90)
+
+
+def engine(model: Any, inputs: dict, options: argparse.Namespace) -> None:
+    """What the engine costs: stock transformers and `dense` attached, eagerly, by turns."""
+    steps, ratios = 8, []
+    for repeat in range(options.repeats + 1):
+        times = {}
+        for name in ("stock", "dense") if repeat % 2 else ("dense", "stock"):
+            if name == "stock":
+                times[name] = _eager(model, inputs, steps)
+            else:
+                with build_method("dense")(model):
+                    times[name] = _eager(model, inputs, steps)
+        ratios.append(times["dense"] / times["stock"])
+    spread = Spread.of(ratios[1:])
+    print(f"  engine, dense attached over stock: {spread.median:.4f} (IQR {spread.iqr:.4f}; target <= 1.02)")
+
+
+def _eager(model: Any, inputs: dict, steps: int) -> float:
+    with torch.inference_mode():
+        start = clock(model.device)
+        cache, token = prefill(model, inputs)
+        decoder = EagerDecoder(model, inputs, cache, token)
+        for _ in range(steps):
+            decoder.step()
+        return clock(model.device) - start
+
+
+def tokens(model: Any, inputs: dict, options: argparse.Namespace) -> None:
+    """Every token method that fits so few layers, at keep 192, one token and eight: never slower than dense."""
+    for name, parameters in TOKEN_METHODS.items():
+        method = build_method(name, **{"keep": 192, **parameters} if name != "visionzip" else parameters)
+        pair = in_turns(model, build_method("dense"), method, inputs, [1, 8], max(1, options.repeats // 2), "compiled")
+        one, eight = pair.speedup(1), pair.speedup(8)
+        print(
+            f"  {name} keep {parameters.get('keep', 192)}: {one.median:.2f} x dense at 1 token, {eight.median:.2f} at 8"
+        )
+
+
+def report(what: str, speedup: Spread, limit: float, kind: str, target: float) -> None:
+    print(
+        f"  {what}: {speedup.median:.3f} x dense (IQR {speedup.iqr:.3f}), {kind} allow {limit:.3f}: "
+        f"{100 * speedup.median / limit:.1f} % (target >= {100 * target:.0f} %)",
+        flush=True,
+    )
+
+
+def _without_neurons(sample: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(sample, neurons=[None] * len(sample.neurons))
+
+
+PARTS = {"decode": decode, "prefill": prefills, "total": total, "engine": engine, "tokens": tokens}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--model", default="llava_1_5_7b")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers, at full width")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output-tokens", type=int, default=128)
+    options = parser.parse_args()
+    for part in options.parts:
+        if part not in PARTS:
+            parser.error(f"unknown part {part!r}: choose from {', '.join(PARTS)}")
+    keep_freed_memory()
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}", flush=True)
+    model, _ = load_model(options.model, weights="random", num_layers=options.layers, dtype="float32", device="cpu")
+    peaks = measure_peaks(model.device, model.dtype)
+    print(f"peaks: read {peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {peaks.flops / 1e9:.0f} GFLOP/s")
+    print(f"gathering: {measure_break_even(family_of(model.config).decoder(model).layers[0].mlp, 0.4)}", flush=True)
+    inputs = fixed_inputs(model)
+    for part in options.parts or PARTS:
+        print(f"{part} (load {os.getloadavg()[0]:.1f})", flush=True)
+        PARTS[part](model, inputs, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The efficiency tables on one GPU: LLaVA-1.5-7B shapes with random weights, nothing to download.
+
+    python scripts/bench_gpu.py                       tables on standard output, rows in bench_gpu.json
+    python scripts/bench_gpu.py --model llava_1_5_13b --budget-gb 24
+    python scripts/bench_gpu.py --dry-run             the same program on a toy model and a CPU, in about a minute
+
+Needs torch, transformers and hydra-core, and this repository as source (no installation). Random weights cost what
+trained ones do; an adaptive method's choices do not, so every method runs at a forced budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from corematching import build_method, load_model
+from corematching.efficiency.hardware import load_hardware, this_machine
+from corematching.efficiency.latency import Spread, clock, fixed_inputs
+from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
+from corematching.efficiency.peaks import Peaks, measure_peaks
+from corematching.efficiency.rows import Protocol, measure, predicted_row
+from corematching.efficiency.table import run_table
+from corematching.engine import kernels
+from corematching.engine.compiled import generate
+from corematching.engine.ffn import MaskedFFN, SlicedFFN, neuron_major
+from corematching.errors import UserError
+from corematching.models.families import family_of
+from corematching.registry import group_names
+
+SUBJECTS: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+    ("dense", None, {}),
+    ("fastv", 192, {"keep": 192}),
+    ("fastv", 64, {"keep": 64}),
+    ("core_tokens", 64, {"threshold": "keep", "keep": 64}),
+    ("core_neurons", 0.2, {"keep": 0.2}),
+    ("core_neurons", 0.4, {"keep": 0.4}),
+    ("core_neurons", 0.6, {"keep": 0.6}),
+    ("corematching", 192, {"threshold": "keep", "keep": 192}),
+    ("corematching", 64, {"threshold": "keep", "keep": 64}),
+)
+LIMITED = (("dense", None), ("fastv", 64), ("corematching", 64))
+"""Methods also timed in the memory-limited regime."""
+
+
+class Session:
+    """The model on the device, and the rows measured so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        dry = options.dry_run
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.model, _ = load_model(
+            "tiny" if dry else options.model,
+            weights="random",
+            dtype="float32" if dry else options.dtype,
+            device=self.device,
+            num_layers=8 if dry else options.layers,
+        )
+        self.protocol = Protocol(
+            output_tokens=(1, 4) if dry else tuple(options.output_tokens),
+            repeats=1 if dry else options.repeats,
+            engine="compiled",
+        )
+        self.inputs = fixed_inputs(self.model)
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        self.peaks: Peaks = measure_peaks(self.device, self.model.dtype, tries=2 if dry else 7)
+        self.records: list[dict[str, Any]] = []
+        self.by_name: dict[tuple[str, Any, str], Any] = {}
+
+    def add(self, name: str, keep: Any, bench: dict[str, Any]) -> None:
+        self.records.append({"labels": {"method": name, "keep": keep}, "bench": bench})
+
+
+def check_kernel(session: Session) -> dict[str, float]:
+    """The decode FFN over chosen neurons against its definition, at the model's own width."""
+    model, device = session.model, session.device
+    mlp = family_of(model.config).decoder(model).layers[0].mlp
+    width, hidden = mlp.gate_proj.weight.shape
+    index = torch.randperm(width, device=device)[: int(0.4 * width)].sort().values
+    x = torch.randn(1, 1, hidden, device=device, dtype=model.dtype)
+    restore = neuron_major(mlp)
+    with torch.inference_mode():
+        wanted, got = MaskedFFN(mlp, index[None])(x).float(), SlicedFFN(mlp, index)(x).float()
+    restore()
+    error = float((wanted - got).abs().max() / wanted.abs().max())
+    path = "Triton kernel" if kernels.available(device) else "gathered rows"
+    print(f"core-neuron FFN ({path}): largest relative error {error:.1e}")
+    if error > 0.05:
+        raise SystemExit("the core-neuron FFN is wrong on this device: no timing is worth having")
+    return {"relative_error": error}
+
+
+def check_engines(session: Session) -> dict[str, int]:
+    """Greedy tokens on which eager and compiled decoding agree, per method.
+
+    With random weights and 16-bit kernels of different shapes, near ties may fall differently; float32 must agree.
+    """
+    length, agreed = 4 if session.device.type == "cpu" else 32, {}
+    for name, keep, parameters in SUBJECTS:
+        with build_method(name, **parameters)(session.model):
+            answers = [generate(session.model, session.inputs, length, engine)[0] for engine in ("eager", "compiled")]
+        differ = (answers[0] != answers[1]).nonzero()
+        agreed[f"{name} {keep}"] = int(differ[0]) if len(differ) else length
+    print(f"tokens until eager and compiled part ({length} = never): {agreed}")
+    if session.dtype == "float32" and set(agreed.values()) != {length}:
+        raise SystemExit("compiled decoding answers differently from eager in float32")
+    return agreed
+
+
+def resident(session: Session) -> None:
+    """Every method with all weights on the device, dense in turns with it; and the roofline model's word on it."""
+    here = this_machine(session.peaks, session.model.dtype, session.device)
+    for name, keep, parameters in SUBJECTS:
+        print(f"  {name} {keep} ...", flush=True)
+        measured = measure(
+            session.model,
+            build_method("dense"),
+            build_method(name, **parameters),
+            session.inputs,
+            session.protocol,
+            session.peaks,
+        )
+        session.by_name[name, keep, "resident"] = measured
+        for tokens, bench in measured.rows.items():
+            guess = predicted_row(session.model.config, measured.trace, tokens, here, session.dtype)
+            bench["predicted_over_measured"] = guess["end_to_end_ms"] / bench["end_to_end_ms"]
+            session.add(name, keep, bench)
+
+
+def limited(session: Session, budget: float) -> None:
+    """The same under a device memory budget that dense does not fit into."""
+    for name, keep in LIMITED:
+        parameters = next(p for other, k, p in SUBJECTS if (other, k) == (name, keep))
+        method, longest = build_method(name, **parameters), max(session.protocol.output_tokens)
+        whole = plan(session.model, method, budget, session.inputs["input_ids"].shape[1], longest)
+        print(f"  {name} {keep}: {whole} FFNs resident under {budget / 1e9:.3g} GB ...", flush=True)
+        measured = measure_offloaded(session.model, method, session.inputs, session.protocol, session.peaks, budget)
+        session.by_name[name, keep, "offloaded"] = measured
+        for bench in measured.rows.values():
+            session.add(name, keep, bench)
+
+
+def predictions(session: Session) -> None:
+    """Rows for the cards of ``conf/hardware``, from the traces just measured."""
+    for profile in group_names("hardware"):
+        if profile == "this":
+            continue
+        hardware = load_hardware(profile)
+        dtype = session.dtype if session.dtype in hardware.flops else "float16"
+        for name, keep in LIMITED:
+            trace = session.by_name[name, keep, "resident"].trace
+            for tokens in session.protocol.output_tokens:
+                session.add(name, keep, predicted_row(session.model.config, trace, tokens, hardware, dtype))
+
+
+def targets(session: Session) -> list[str]:
+    """The targets, each with what was measured."""
+    longest = max(session.protocol.output_tokens)
+    dense = session.by_name["dense", None, "resident"]
+    ours = session.by_name["corematching", 64, "resident"]
+    offloaded = session.by_name["corematching", 64, "offloaded"].pair.speedup(longest)
+    vision = _vision_seconds(session)
+    whole, pruned = ([run.prefill - vision for run in runs] for runs in (ours.pair.dense, ours.pair.method))
+    language = Spread.of([a / b for a, b in zip(whole, pruned, strict=True)])
+    decode = ours.pair.decode_speedup(longest)
+    share = dense.rows[longest]["bandwidth_share"]
+    return [
+        f"dense compiled decode: {100 * share:.0f} % of the measured bandwidth (target >= 65 %)",
+        f"CoreMatching decode, resident: {decode.median:.2f} x dense, IQR {decode.iqr:.2f} (target >= 1.5)",
+        f"prefill at keep 64, language model: {language.median:.2f} x dense, IQR {language.iqr:.2f} (target >= 2.5)",
+        f"memory-limited, {longest} tokens end to end: {offloaded.median:.2f} x dense (target >= 8 with 12 GB)",
+    ]
+
+
+def _vision_seconds(session: Session) -> float:
+    times = []
+    with torch.inference_mode():
+        for _ in range(6):
+            start = clock(session.device)
+            session.model.model.get_image_features(session.inputs["pixel_values"])
+            times.append(clock(session.device) - start)
+    return Spread.of(times[1:]).median
+
+
+def toy_budget(session: Session) -> float:
+    """For the dry run: room for four FFNs in five, so that the memory-limited code has work to do."""
+    model = session.model
+    depth = model.config.text_config.num_hidden_layers
+    prompt, longest = session.inputs["input_ids"].shape[1], max(session.protocol.output_tokens)
+    return other_bytes(model, prompt, longest) + 0.8 * depth * ffn_bytes(model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llava_1_5_7b", help="a conf/model name with an architecture")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--layers", type=int, help="decoder layers (default: all)")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output-tokens", type=int, nargs="+", default=[1, 32, 128])
+    parser.add_argument("--budget-gb", type=float, default=12.0, help="device memory of the memory-limited regime")
+    parser.add_argument("--output", type=Path, default=Path("bench_gpu.json"))
+    parser.add_argument(
+        "--dry-run", action="store_true", help="toy model on the CPU: checks the program, not the speed"
+    )
+    options = parser.parse_args()
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("no GPU found; --dry-run checks the program on a CPU")
+    try:
+        run(options)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Everything, in order; the correctness checks come first."""
+    session = Session(options)
+    name = "CPU (dry run)" if options.dry_run else torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, {session.dtype}, {session.inputs['input_ids'].shape[1]} prompt tokens")
+    peaks = session.peaks
+    print(
+        f"peaks: copy {peaks.copy_bandwidth / 1e9:.0f} GB/s, read {peaks.read_bandwidth / 1e9:.0f} GB/s, "
+        f"matrix product {peaks.flops / 1e12:.3g} TFLOP/s"
+    )
+    checks = {**check_kernel(session), "agreement": check_engines(session)}
+    resident(session)
+    limited(session, toy_budget(session) if options.dry_run else 1e9 * options.budget_gb)
+    predictions(session)
+    reached = targets(session)
+    print(run_table(session.records).markdown())
+    print("\n".join(reached))
+    if options.dry_run:
+        print("dry run complete: the program works; its numbers mean nothing")
+        return
+    content = {"device": name, "torch": torch.__version__, "model": options.model, "dtype": session.dtype}
+    content |= {"peaks": vars(peaks), "checks": checks, "targets": reached, "rows": session.records}
+    options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"rows: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

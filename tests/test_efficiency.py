@@ -1,0 +1,225 @@
+"""FLOPs against torch's own counter, byte counts, the roofline model, and the efficiency road end to end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import IMAGE_TOKENS, make_prompt
+from test_efficiency_decode import METHODS, PARAMETERS
+from torch.utils.flop_counter import FlopCounterMode
+
+import corematching as cm
+from corematching.cli import main
+from corematching.efficiency.breakeven import measure_break_even
+from corematching.efficiency.hardware import load_hardware
+from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, fixed_inputs, in_turns
+from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
+from corematching.efficiency.peaks import Peaks
+from corematching.efficiency.roofline import Hardware, Sizes, decode_bytes, predict
+from corematching.efficiency.rows import Protocol, measure, predicted_row
+from corematching.engine.compiled import generate
+from corematching.registry import group_names
+
+PEAKS = Peaks(1e10, 2e10, 1e11)
+
+
+def traced(model, name, tokens=6, **parameters):
+    """(trace of one answer, FLOPs that torch counted)."""
+    inputs = make_prompt(1)
+    with cm.build_method(name, **parameters)(model) as trace, FlopCounterMode(display=False) as counter:
+        generate(model, inputs, tokens)
+    (sample,) = trace.drain()
+    return sample, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_flops_agree_with_torch_for_every_method(name, random_llava):
+    sample, counted = traced(random_llava, name, **PARAMETERS.get(name, {}))
+    # torch counts matrix products only, and so does the breakdown outside `overhead`; scoring that is no matrix
+    # product (sums over attention rows, comparisons) is booked there and torch does not see it.
+    booked = cm.flops(random_llava.config, sample)
+    assert booked.total - booked.overhead <= counted * 1.01
+    assert booked.total >= counted * 0.99
+
+
+@pytest.mark.parametrize("name", ["dense", "random", "uniform", "core_neurons"])
+def test_flops_without_scoring_are_within_one_percent(name, random_llava):
+    sample, counted = traced(random_llava, name, **PARAMETERS.get(name, {}))
+    booked = cm.flops(random_llava.config, sample)
+    assert booked.total - booked.overhead == pytest.approx(counted, rel=0.01)
+
+
+def test_sizes_count_the_models_parameters(random_llava):
+    counted = sum(parameter.numel() for parameter in random_llava.parameters())
+    small = sum(p.numel() for p in random_llava.parameters() if p.dim() == 1)
+    assert Sizes.of(random_llava.config).total == pytest.approx(counted - small, rel=0.02)
+
+
+def test_decode_bytes_follow_neurons_and_kv(random_llava):
+    config = random_llava.config
+    dense, _ = traced(random_llava, "dense")
+    ours, _ = traced(random_llava, "core_neurons", keep=0.5)
+    saved = decode_bytes(config, dense, 4, 5) - decode_bytes(config, ours, 4, 5)
+    assert saved == 6 * 3 * 32 * 24 * 4, "half of 48 neurons in six layers, three rows of 32 float32 each"
+    fewer, _ = traced(random_llava, "fastv", keep=10)
+    assert decode_bytes(config, dense, 4, 5) - decode_bytes(config, fewer, 4, 5) == dense.kv_bytes - fewer.kv_bytes
+    masked = replace(ours, ffn_mode="masked")
+    assert decode_bytes(config, masked, 4, 5) == decode_bytes(config, dense, 4, 5)
+
+
+def test_steps_before_gathering_are_charged_whole(random_llava):
+    ours, _ = traced(random_llava, "core_neurons", keep=0.5)
+    late = replace(ours, masked_steps=2)
+    more = cm.flops(random_llava.config, late).decode - cm.flops(random_llava.config, ours).decode
+    assert more == pytest.approx(2 * 6 * 6 * 32 * 24)
+
+
+def test_every_hardware_profile_predicts(random_llava):
+    sample, _ = traced(random_llava, "dense")
+    profiles = [load_hardware(name) for name in group_names("hardware") if name != "this"]
+    assert {profile.name.split()[0] for profile in profiles} == {"NVIDIA"}
+    times = {hardware.name: predict(random_llava.config, sample, hardware, "float16") for hardware in profiles}
+    assert times["NVIDIA H200 SXM"].decode_per_token < times["NVIDIA Titan Xp"].decode_per_token
+    row = predicted_row(random_llava.config, sample, 32, profiles[0], "float16")
+    assert row["predicted"] is True
+    with pytest.raises(cm.UserError, match=r"unknown hardware 'gtx'.*titan_xp"):
+        load_hardware("gtx")
+    with pytest.raises(cm.UserError, match="dtype='bfloat16' has no peak on NVIDIA Titan Xp"):
+        load_hardware("titan_xp").rate("bfloat16")
+
+
+def test_a_tight_memory_makes_dense_pay_the_link_for_every_token(random_llava):
+    config, sizes = random_llava.config, Sizes.of(random_llava.config)
+    dense, _ = traced(random_llava, "dense")
+    ours, _ = traced(random_llava, "core_neurons", keep=0.4)
+    ffn = sizes.neuron * sizes.ffn_width * 4
+    memory = sizes.total * 4 + dense.dense_kv_bytes - 1.2 * ffn
+    card = Hardware("toy", {"float32": 1e15}, bandwidth=1e12, memory=memory, link=1e6)
+    slow, fast = (predict(config, sample, card, "float32") for sample in (dense, ours))
+    assert (slow.regime, fast.regime) == ("offloaded", "offloaded")
+    assert slow.decode_per_token == pytest.approx(slow.streamed_per_token / 1e6)
+    assert slow.streamed_per_token % ffn == 0
+    assert fast.streamed_per_token == 0
+    assert fast.decode_per_token < slow.decode_per_token / 100
+    assert predict(config, dense, replace(card, memory=1e12), "float32").regime == "resident"
+
+
+def test_runs_alternate_and_share_one_prompt(random_llava):
+    inputs = fixed_inputs(random_llava, before=5, after=7)
+    assert inputs["input_ids"].shape == (1, 5 + IMAGE_TOKENS + 7)
+    pair = in_turns(
+        random_llava, cm.build_method("dense"), cm.build_method("fastv", keep=8), inputs, [1, 3], 2, "eager"
+    )
+    assert len(pair.dense) == len(pair.method) == 2
+    for run in (*pair.dense, *pair.method):
+        assert run.trace.decode_steps == 2
+        assert 0 < run.prefill == run.end_to_end[1] < run.end_to_end[3]
+        assert run.peak_bytes > 0
+    assert pair.method[0].trace.kv_lengths[-1] == 5 + 8 + 7
+
+
+def test_ratios_are_taken_pair_by_pair(random_llava):
+    sample, _ = traced(random_llava, "dense")
+    runs = [Run(seconds, {1: seconds, 3: 2 * seconds}, sample, 1) for seconds in (1.0, 10.0, 2.0, 30.0)]
+    pair = Pair(dense=[runs[0], runs[1]], method=[runs[2], runs[3]])
+    assert pair.speedup(3) == Spread.of([1 / 2, 10 / 30])
+    assert runs[0].decode_per_token(3) == 0.5
+    assert runs[0].decode_per_token(1) is None
+
+
+def test_rows_hold_what_the_tables_need(random_llava):
+    inputs = fixed_inputs(random_llava)
+    protocol = Protocol(output_tokens=(1, 3), repeats=2)
+    method = cm.build_method("corematching", threshold="keep", keep=10)
+    measured = measure(random_llava, cm.build_method("dense"), method, inputs, protocol, PEAKS)
+    one, three = measured.rows[1], measured.rows[3]
+    assert "decode_ms_per_token" not in one
+    assert three["end_to_end_ms"] > three["prefill_ms"]
+    assert three["overhead_ms"] > 0
+    assert three["decode_gb_per_s"] == pytest.approx(
+        three["decode_bytes_per_token"] / three["decode_ms_per_token"] / 1e6
+    )
+    assert three["bandwidth_share"] == pytest.approx(three["decode_gb_per_s"] * 1e9 / PEAKS.bandwidth)
+    assert three["byte_limit_decode_speedup"] > 1
+    assert three["kv_bytes"] == measured.trace.kv_bytes < measured.trace.dense_kv_bytes
+
+
+def test_decisions_are_timed_one_by_one(random_llava):
+    seconds = decision_seconds(random_llava, cm.build_method("corematching"), fixed_inputs(random_llava), repeats=2)
+    assert [len(one) for one in seconds] == [7, 7], "six layers choose neurons, one drops tokens"
+
+
+def test_break_even_leaves_the_ffn_as_it_was(random_llava):
+    mlp = random_llava.model.language_model.layers[0].mlp
+    x = torch.randn(1, 4, 32)
+    with torch.no_grad():
+        before = mlp(x)
+        found = measure_break_even(mlp, 0.5, repeats=3)
+        assert torch.equal(mlp(x), before)
+    assert found is not None
+    assert "repaid after" in str(found)
+
+
+def test_memory_limited_rows_count_what_was_streamed(random_llava):
+    inputs = fixed_inputs(random_llava)
+    length = inputs["input_ids"].shape[1]
+    budget = other_bytes(random_llava, length, 3) + 5.2 * ffn_bytes(random_llava)
+    dense, ours = cm.build_method("dense"), cm.build_method("core_neurons", keep=0.4)
+    assert plan(random_llava, dense, budget, length, 3) == 3
+    assert plan(random_llava, ours, budget, length, 3) == 1
+    protocol = Protocol(output_tokens=(1, 3), repeats=1)
+    streamed = {
+        method.name: measure_offloaded(random_llava, method, inputs, protocol, PEAKS, budget).streamed_bytes
+        for method in (dense, ours)
+    }
+    # Dense: three FFNs in each of three passes, less what a staging buffer happens to hold already.
+    assert streamed["dense"] == pytest.approx(9 * ffn_bytes(random_llava), abs=ffn_bytes(random_llava))
+    assert streamed["core_neurons"] == 5 * ffn_bytes(random_llava)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"engine": "fast"}, "engine='fast'"),
+        ({"repeats": 0}, r"repeats=\[0\]"),
+        ({"output_tokens": ()}, r"output_tokens=\[\]"),
+        ({"output_tokens": (1.5,)}, r"output_tokens=\[1.5\]"),
+    ],
+)
+def test_wrong_protocols_are_refused(values, message):
+    with pytest.raises(cm.UserError, match=message):
+        Protocol(**values)
+
+
+def test_the_efficiency_road_stores_rows_and_resumes(tmp_path: Path, capsys):
+    words = [
+        "+experiment=efficiency",
+        "model=tiny",
+        "model.num_layers=3",
+        f"results_dir={tmp_path}",
+        "hardware=titan_xp",
+    ]
+    words += ["methods=[dense,{name: core_neurons, keep: 0.4}]", "keep=[]"]
+    words += ["efficiency.output_tokens=[1,3]", "efficiency.repeats=1"]
+    assert main(words) == 0
+    assert "measured peaks" in capsys.readouterr().out
+    records = [json.loads(path.read_text()) for path in (tmp_path / "efficiency" / "cells").glob("*/cell.json")]
+    assert len(records) == 2 * 2 * 2, "two methods, two lengths, measured and predicted"
+    assert {record["kind"] for record in records} == {"efficiency"}
+    predicted = [record for record in records if record["bench"]["predicted"]]
+    assert {record["bench"]["device"] for record in predicted} == {"NVIDIA Titan Xp"}
+    assert len(predicted) == 4
+    assert main(words) == 0
+    again = capsys.readouterr().out
+    assert "0 to measure" in again
+    assert "predicted" in (tmp_path / "efficiency" / "table.md").read_text()
+
+
+def test_wrong_efficiency_settings_take_one_line(tmp_path: Path, capsys):
+    words = ["+experiment=efficiency", "model=tiny", f"results_dir={tmp_path}", "efficiency.repeats=none"]
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("\n") == 1
