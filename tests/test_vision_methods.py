@@ -112,6 +112,15 @@ def test_a_prompt_without_image_shares_a_batch(case, random_llava, prompts):
 
 
 @torch.no_grad()
+def test_an_image_prompt_without_pixels_is_refused_not_answered_from_the_last_image(random_llava, prompts):
+    text_only = {key: value for key, value in prompts[0].items() if key != "pixel_values"}
+    with build("fastervlm")(random_llava):
+        random_llava(**prompts[0])
+        with pytest.raises(cm.UserError, match="pixel_values"):
+            random_llava(**text_only)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("case", ["tome", "prumerge adaptive", "visionzip", "dart", "pooling"])
 def test_beam_search_answers_alike_alone_and_in_a_batch(case, random_llava, prompts):
     with build(case)(random_llava):

@@ -227,7 +227,8 @@ class Session:
         """Put the reduced (or, if nothing was reduced, all) vision features into the sequence."""
         if (self.blocks is None and self.output is None) or sum(state.images) == 0:
             return hidden, layout
-        run = self.tower_run
+        # Taken once: a later prompt must bring its own images, and the tower's states need not outlive prefill.
+        run, self.tower_run = self.tower_run, None
         if run is None:
             raise UserError("vision-side methods need pixel_values to pass through the installed model")
         run.book(prompt, state.images, state.ledger)
