@@ -358,3 +358,33 @@ def test_worker_count(monkeypatch, wanted, cells, count):
     assert executors.worker_count(wanted, cells) == count
     with pytest.raises(ValueError, match=r"executor\.workers=0"):
         executors.worker_count(0, cells)
+
+
+def test_a_terminal_shows_cells_and_questions_and_a_pipe_plain_lines():
+    import io
+
+    from rich.console import Console
+
+    from corematching.evaluation.progress import Reporter
+
+    cell = Cell.of({"a": 1}, benchmark="gqa", method="fastv", keep=64)
+    record = {
+        "status": "done",
+        "score": {"metric": "accuracy", "value": 51.04, "note": ""},
+        "trace": {"visual_tokens_per_layer": 149.3},
+        "timing": {"seconds": 2.04},
+    }
+    line = "[1/2] gqa · fastv keep=64: accuracy 51.0, 149 visual tokens per layer (2.0 s)"
+    shown = {}
+    for terminal in (True, False):
+        file = io.StringIO()
+        with Reporter(2, Console(file=file, force_terminal=terminal, width=120, highlight=False)) as reporter:
+            reporter.start(cell)
+            reporter.advance(30, 60)
+            if terminal:
+                reporter._live.refresh()
+            reporter.finish(cell, record)
+        shown[terminal] = file.getvalue()
+    assert line in shown[True]
+    assert "30/60" in shown[True]
+    assert shown[False] == line + "\n"
