@@ -117,9 +117,10 @@ def zip_tokens(hidden: Tensor, scores: Tensor, metric: Tensor, dominant: int, co
     if contextual == 0:
         return _rows(hidden, first), first - 1
     stride = max(1, rest.shape[1] // contextual)
-    is_target = torch.zeros(length - dominant, dtype=torch.bool, device=hidden.device)
+    # The places are the same for every image and known on the host: a boolean index there costs no synchronisation.
+    is_target = torch.zeros(length - dominant, dtype=torch.bool)
     is_target[::stride][:contextual] = True
-    target, other = rest[:, is_target], rest[:, ~is_target]
+    target, other = (rest[:, chosen.nonzero()[:, 0].to(rest.device)] for chosen in (is_target, ~is_target))
     unit = F.normalize(metric.float(), dim=-1)
     assigned = (_rows(unit, other) @ _rows(unit, target).transpose(1, 2)).argmax(2)
     sums = unit.new_zeros(images, contextual, hidden.shape[2])
