@@ -363,6 +363,21 @@ def test_sgl_early_exit_takes_confident_answers_and_only_those(random_llava, sma
     assert cost.total == cost.overhead > 0
 
 
+@torch.no_grad()
+def test_sgl_early_exit_with_beams_composed_with_neurons(random_llava, small_guide, prompts):
+    guided = cm.build_method("sgl", guide=small_guide, keep=0.5, early_exit=1e-30)
+    with cm.compose(guided, cm.build_method("core_neurons", keep=0.5))(random_llava) as trace:
+        greedy(random_llava, left_pad(prompts[:2]), num_beams=2)
+        assert [sample.guide.answered for sample in trace.drain()] == [True, True]
+        with pytest.raises(cm.UserError, match="leave return_dict_in_generate out"):
+            greedy(random_llava, prompts[0], return_dict_in_generate=True)
+    spared = cm.build_method("sgl", guide=small_guide, keep=0.5, early_exit=1.0)
+    with cm.compose(spared, cm.build_method("core_neurons", keep=0.5))(random_llava) as trace:
+        greedy(random_llava, left_pad(prompts[:2]), num_beams=2)
+    assert [sample.guide.answered for sample in trace.samples] == [False] * 4
+    assert {len(neurons) for sample in trace.samples for neurons in sample.neurons} == {24}
+
+
 def rescored(guide, prompt, answer, keep):
     """Confidence by hand: prune the guide before layer 0 by its own scores, multiply the answer's probabilities."""
     whole = torch.cat([prompt["input_ids"], answer[None]], 1)

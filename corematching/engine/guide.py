@@ -30,6 +30,8 @@ _NOT_GREEDY = (
     *("streamer", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
     *("output_hidden_states", "past_key_values", "cache_implementation"),
 )
+_NEEDS_THE_GUIDED_MODEL = ("return_dict_in_generate", "num_return_sequences", "streamer")
+"""What ``generate`` cannot give for prompts that only the guide answers."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -232,6 +234,11 @@ class Guidance:
             given["input_ids"] = given["input_ids"] if inputs is None else inputs
             if given["pixel_values"] is None:
                 return stock(**{name: value for name, value in given.items() if value is not None}, **options)
+            refused = [name for name in _NEEDS_THE_GUIDED_MODEL if options.get(name)]
+            if options.get("num_return_sequences") == 1:
+                refused.remove("num_return_sequences")
+            if self.stage.early_exit is not None and refused:
+                raise UserError(f"early_exit returns plain sequences, one per prompt: leave {', '.join(refused)} out")
             greedy = {name: value for name, value in options.items() if name not in _NOT_GREEDY}
             image_token = self.family.image_token_id(self.model.config)
             greedy["suppress_tokens"] = [*(options.get("suppress_tokens") or []), image_token]
@@ -251,11 +258,6 @@ class Guidance:
         rows = [row for row in range(batch) if row not in reading.final]
         if len(rows) == batch:
             return self._guided(stock, given, options, reading, rows)
-        if options.get("return_dict_in_generate") or (options.get("num_return_sequences") or 1) > 1:
-            raise UserError(
-                "early_exit returns plain sequences, one per prompt: leave return_dict_in_generate and "
-                "num_return_sequences out"
-            )
         assert reading.answers is not None
         answers = torch.cat([given["input_ids"], reading.answers], 1)
         outer, self.session.trace = self.session.trace, Trace()
