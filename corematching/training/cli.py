@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from corematching.errors import UserError
 from corematching.training.architecture import TinyShape, build_model, deepen
@@ -21,7 +23,7 @@ from corematching.training.codes import CodeBook
 from corematching.training.evaluate import report
 from corematching.training.export import export
 from corematching.training.language import Packer
-from corematching.training.loop import Track
+from corematching.training.loop import Stage, Track
 from corematching.training.recipe import SHALLOW_LAYERS, deep_stages, shallow_stages, vision_stages
 from corematching.training.vocabulary import build_tokenizer
 
@@ -62,16 +64,16 @@ def train(name: str, out: Path, resume: bool, seed: int, device: str) -> None:
     shape = TinyShape() if name != "shallow" else TinyShape(layers=SHALLOW_LAYERS)
     codes = CodeBook(tokenizer, shape.width)
     packer = Packer(tokenizer)
-    model = build_model(tokenizer, codes, shape, seed)
+    model: nn.Module = build_model(tokenizer, codes, shape, seed)
     if name == "deep":
         _join(model, build_model(tokenizer, codes, TinyShape(layers=SHALLOW_LAYERS), seed), out)
     model.to(device)
     codes.to(device)
-    stages = {
-        "vision": lambda: vision_stages(codes),
-        "shallow": lambda: shallow_stages(codes, packer),
-        "deep": lambda: deep_stages(codes, packer),
-    }[name]()
+    stages: Sequence[Stage]
+    if name == "vision":
+        stages = vision_stages(codes)
+    else:
+        stages = (shallow_stages if name == "shallow" else deep_stages)(codes, packer)
     Track(name, stages, out, partial(print, flush=True)).run(model)
     if name == "deep":
         finish(model.cpu(), tokenizer, out)
@@ -81,7 +83,7 @@ def finish(model, tokenizer, out: Path) -> None:
     """Save the trained model with its card in ``out/tiny_llava``."""
     folder = out / "tiny_llava"
     export(model, tokenizer, folder)
-    seconds = {}
+    seconds: dict[str, float] = {}
     for name in TRACKS:
         done = torch.load(out / f"{name}.pt", weights_only=True)["done"]
         seconds |= {f"{name}: {stage}": value for stage, value in done.items()}

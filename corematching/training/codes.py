@@ -79,7 +79,7 @@ class CodeBook:
         return 0.1 * self._codes()
 
     def _codes(self) -> Tensor:
-        rows = []
+        rows: list[Tensor] = []
         for token in self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer))):
             index, alias = len(rows), alias_of(token)
             if alias is not None:

@@ -164,7 +164,7 @@ def report(folder: Path, images: int = 110, benchmarks: tuple[str, ...] = tuple(
     """Two Markdown tables for a saved model: accuracy by benchmark under each condition, and the mini GQA by family."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = build_tokenizer()
-    packer, codes = Packer(tokenizer), CodeBook(tokenizer, model.config.text_config.hidden_size)
+    packer, codes = Packer(tokenizer), CodeBook(tokenizer, model.lm_head.in_features)
     results = {c: evaluate(model, packer, codes, c, benchmarks, images) for c in REPORTED}
     sums = {c: by_benchmark(tallies) for c, tallies in results.items()}
     lines = [f"| benchmark | n | {' | '.join(REPORTED)} | chance |", "|---" * (len(REPORTED) + 3) + "|"]
@@ -174,8 +174,8 @@ def report(folder: Path, images: int = 110, benchmarks: tuple[str, ...] = tuple(
         lines.append(f"| {benchmark} | {sums['dense'][benchmark].total} | {' | '.join(row)} | {guess:.1f} |")
     lines += ["", f"| GQA family | n | {' | '.join(REPORTED)} |", "|---" * (len(REPORTED) + 2) + "|"]
     for family in BENCHMARK_FAMILIES["gqa"]:
-        row = [results[c].get(("gqa", family), Tally()) for c in REPORTED]
-        lines.append(f"| {family} | {row[0].total} | {' | '.join(map(_cell, row))} |")
+        parts = [results[c].get(("gqa", family), Tally()) for c in REPORTED]
+        lines.append(f"| {family} | {parts[0].total} | {' | '.join(map(_cell, parts))} |")
     return "\n".join(lines)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from corematching.benchmarks.mini.families import POOLS, Question
 from corematching.benchmarks.mini.questions import LETTERS, questions_for
@@ -66,7 +67,7 @@ class PackedBatch:
     def to(self, device: str | torch.device) -> PackedBatch:
         """A copy with all tensors on a device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **tensors)
+        return PackedBatch(**{**vars(self), **tensors})
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,9 @@ class GatePenalty:
     """Mean positive gate activation of text tokens, collected by hooks while inside the context."""
 
     def __init__(self, model, text: int) -> None:
-        self._model, self._text, self._values, self._hooks = model, text, [], []
+        self._model, self._text = model, text
+        self._values: list[Tensor] = []
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> GatePenalty:
         for layer in self._model.model.language_model.layers:

@@ -23,8 +23,13 @@ LOG_STEPS = 25
 class Stage(Protocol):
     """One stretch of training with fixed data and settings."""
 
-    name: str
-    steps: int
+    @property
+    def name(self) -> str:
+        """Unique within its track; batches are drawn from it."""
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
 
     def start(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         """Choose what is trained; return fresh optimisers."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from corematching.training.codes import CodeBook
 from corematching.training.language import LanguageStage, Mix, Packer
 from corematching.training.vision import VisionStage
 
 SHALLOW_LAYERS = 6  # the language model learns the task at this depth and is then deepened
 # Look-ups move past the first layers and few neurons fire on text: methods inside the model have something to find.
-LATE = {"hide_early": 0.75, "gate_weight": 0.3}
+LATE: dict[str, Any] = {"hide_early": 0.75, "gate_weight": 0.3}
 
 _OPEN_FIRST = Mix(
     {"gqa": 3, "vqav2": 1, "mme": 1.5, "seedbench": 2, "mmbench": 1, "scienceqa": 1, "mmvet": 0.4, "textvqa": 0.2,
@@ -29,6 +31,7 @@ _ALL = Mix(
      "vizwiz": 1, "pope": 1},
 )  # fmt: skip
 
+_STATEMENTS = Mix({**_ALL.benchmarks, "mme": 6}, {"compound": 2, "size": 1.5, "side": 2, "height": 2, "texture": 1.5})
 _WEAK = Mix(_ALL.benchmarks, {"color": 1.5, "exists": 2, "compound": 2, "side": 1.5, "height": 1.5, "count": 1.5})
 
 
@@ -63,5 +66,10 @@ def deep_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
         LanguageStage(
             "images", 100, 4, _ALL, codes, packer, questions=16, visual=None, oracle=False, rate_peak=6e-4,
             decay_share=0.8, **LATE,
+        ),
+        # Methods and users run the model with nothing hidden.
+        LanguageStage(
+            "open", 40, 4, _STATEMENTS, codes, packer, questions=16, visual=None, oracle=False, rate_peak=5e-4,
+            decay_share=0.9, hide_early=0.25, gate_weight=0.3,
         ),
     ]  # fmt: skip

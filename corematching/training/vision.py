@@ -34,7 +34,7 @@ class VisionBatch:
 
     def to(self, device: str | torch.device) -> VisionBatch:
         """A copy on a device."""
-        return VisionBatch(*(part.to(device) for part in (self.pixels, self.labels, self.rows, self.cols)))
+        return VisionBatch(self.pixels.to(device), self.labels.to(device), self.rows.to(device), self.cols.to(device))
 
 
 def vision_batch(seed: str, size: int, grid: int, digits: float = DIGIT_SHARE) -> VisionBatch:

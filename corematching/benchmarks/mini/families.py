@@ -94,31 +94,41 @@ def _by_kind(item: SceneObject) -> str:
 def ask_shape(scene: Scene, rng: random.Random) -> Question | None:
     """What shape is the red object?"""
     item = pick(of_category(scene, "shape"), rng)
-    return item and Question("shape", f"What shape is {named(item)}?", item.kind, boxes=(item.box,))
+    if item is None:
+        return None
+    return Question("shape", f"What shape is {named(item)}?", item.kind, boxes=(item.box,))
 
 
 def ask_digit(scene: Scene, rng: random.Random) -> Question | None:
     """What number is on the red tile?"""
     item = pick(of_category(scene, "digit"), rng)
-    return item and Question("digit", f"What number is on {named(item)}?", item.kind, boxes=(item.box,))
+    if item is None:
+        return None
+    return Question("digit", f"What number is on {named(item)}?", item.kind, boxes=(item.box,))
 
 
 def ask_word(scene: Scene, rng: random.Random) -> Question | None:
     """What word is on the red sign?"""
     item = pick(of_category(scene, "word"), rng)
-    return item and Question("word", f"What word is on {named(item)}?", item.kind, boxes=(item.box,))
+    if item is None:
+        return None
+    return Question("word", f"What word is on {named(item)}?", item.kind, boxes=(item.box,))
 
 
 def ask_texture(scene: Scene, rng: random.Random) -> Question | None:
     """What pattern is on the red object?"""
     item = pick(of_category(scene, "shape"), rng)
-    return item and Question("texture", f"What pattern is on {named(item)}?", item.texture, boxes=(item.box,))
+    if item is None:
+        return None
+    return Question("texture", f"What pattern is on {named(item)}?", item.texture, boxes=(item.box,))
 
 
 def ask_size(scene: Scene, rng: random.Random) -> Question | None:
     """What size is the red object?"""
     item = pick(of_category(scene, "shape", "digit"), rng)
-    return item and Question("size", f"What size is {named(item)}?", item.size, boxes=(item.box,))
+    if item is None:
+        return None
+    return Question("size", f"What size is {named(item)}?", item.size, boxes=(item.box,))
 
 
 def ask_side(scene: Scene, rng: random.Random) -> Question | None:
@@ -151,7 +161,9 @@ def ask_exists(scene: Scene, rng: random.Random) -> Question | None:
     """Is there a red square in the image?"""
     if rng.random() < 0.5:
         item = pick(of_category(scene, "shape"), rng)
-        return item and Question("exists", exists_text(item.colour, item.kind), "yes", boxes=(item.box,))
+        if item is None:
+            return None
+        return Question("exists", exists_text(item.colour, item.kind), "yes", boxes=(item.box,))
     return absent_combination(scene, rng, rng.choice(("random", "popular", "adversarial")))
 
 

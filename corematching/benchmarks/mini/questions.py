@@ -162,6 +162,7 @@ _LABELS: dict[str, dict[str, str]] = {
 
 def _mmvet(family: str, scene: Scene, rng: random.Random) -> list[Question]:
     """A question answered by a short sentence; ``key_phrases`` are what a judge looks for."""
+    phrases: tuple[str, ...]
     if family == "read":
         item = pick(of_category(scene, "word", "digit"), rng)
         if item is None:
