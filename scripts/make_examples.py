@@ -1,9 +1,10 @@
 """Regenerate ``results/examples/``: tables and figures of a sweep with the bundled model on the bundled suite.
 
-Usage: ``python scripts/make_examples.py [--limit 150] [overrides of run.py ...]``
+Usage: ``python scripts/make_examples.py [settings of run.py, e.g. limit=20]``
 
-Runs what is missing of the sweep (``results/bundled_sweep``, not committed; a second call takes seconds), then writes
-its tables and figures, the figures of what the model does inside, and a page that shows them.
+Runs what is missing of ``conf/experiment/bundled_sweep.yaml`` (into ``results/bundled_sweep``, not committed; a second
+call takes seconds), then writes its tables and figures, the figures of what the model does inside, and a page that
+shows them.
 """
 
 from __future__ import annotations
@@ -22,23 +23,14 @@ from corematching.results.render import to_markdown
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = "bundled_sweep"
 OUT = ROOT / "results" / "examples"
-SWEEP = (
-    f"experiment={EXPERIMENT}",
-    "model=tiny",
-    "data=mini",
-    "methods=[dense,random,uniform,fastv,core_tokens,corematching]",
-    "keep=[192,64,16]",
-    "benchmarks=[gqa,pope,textvqa]",
-    "tracking=none",
-)
 
 
 def main() -> int:
     """Run the sweep, then write everything that is committed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=150, help="questions per benchmark")
-    chosen, overrides = parser.parse_known_args()
-    command = [sys.executable, str(ROOT / "run.py"), *SWEEP, f"limit={chosen.limit}", *overrides]
+    parser.add_argument("overrides", nargs="*", help="settings of run.py, e.g. limit=20")
+    chosen = parser.parse_args()
+    command = [sys.executable, str(ROOT / "run.py"), f"+experiment={EXPERIMENT}", "tracking=none", *chosen.overrides]
     run = subprocess.run(command, cwd=ROOT, check=False)
     if run.returncode:
         return run.returncode

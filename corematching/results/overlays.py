@@ -152,10 +152,14 @@ def stored_examples(cell: pd.Series, count: int) -> list[Example]:
     from corematching.results.evidence import Example
 
     settings = {} if cell["data"] == "mini" else {"revision": cell["version"]}
-    source = load_source(cell["data"], **settings)
+    source, benchmark = load_source(cell["data"], **settings), load_benchmark(cell["benchmark"])
+    if source.version(benchmark) != cell["version"]:
+        raise UserError(
+            f"the {cell['data']} data of {benchmark.name} changed since the run: its overlays would not fit"
+        )
     rows = pd.read_parquet(Path(cell["folder"]) / "samples.parquet", columns=["doc_id", "unit", "target"])
     # The limit counts questions, and neighbours often share an image: ask for more than will be shown.
-    (task, *_) = build_tasks(load_benchmark(cell["benchmark"]), source, cell["prompt"], limit=12 * count)
+    (task, *_) = build_tasks(benchmark, source, cell["prompt"], limit=12 * count)
     docs = {int(doc[ROW]): doc for doc in task.eval_docs}
     chosen = rows[rows["doc_id"].isin(docs)].drop_duplicates("unit").head(count)
     return [

@@ -111,7 +111,9 @@ def _write(
 def write_all_figures(aggregation: Aggregation, folder: Path) -> list[Path]:
     """Write the figures of every context and of the efficiency rows."""
     from corematching.results.accuracy import contexts
+    from corematching.results.efficiency_figures import write_efficiency_figures
     from corematching.results.figures import write_figures
 
     groups = contexts(aggregation.cells) if len(aggregation.cells) else []
-    return write_figures(groups, aggregation.efficiency, folder)
+    written = write_figures(groups, aggregation.efficiency, folder)
+    return written + write_efficiency_figures(aggregation.efficiency, folder)
