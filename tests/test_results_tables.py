@@ -257,6 +257,11 @@ def test_ablation_shows_what_varies(tmp_path):
     assert entry_of(table, "rho", "rho 0.1").text == "0.1"
 
 
+def test_a_sweep_over_keep_is_no_ablation(tmp_path):
+    folder = write_store(tmp_path, methods=("dense", "core_tokens", "corematching"), n=20)
+    assert "ablation" not in {table.name for table in aggregate([folder]).tables}
+
+
 def test_hardware_speed_up_is_against_dense_of_the_same_setting(tmp_path, aggregation):
     table = table_named(aggregation, "hardware")
     titles = [column.title for column in table.columns]

@@ -131,12 +131,12 @@ def scaling_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
 
 
 def ablation_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
-    """CoreMatching's halves and choices; ``None`` if the cells hold fewer than two variants of one budget."""
+    """CoreMatching's halves and choices; ``None`` if no method of the family has variants other than in its budget."""
     family = group[group["method_name"].isin(FAMILY)]
     variants = methods_of(family)
     parameters = varied_parameters([{"method": row.method_name, **row.parameters} for row in variants.itertuples()])
-    if len(variants) < 2 or not parameters:
-        return None
+    if not any(varied_parameters(list(own)) for _, own in variants.groupby("method_name")["parameters"]):
+        return None  # a sweep over keep, which the scaling table shows
     benchmarks = benchmark_order(group["benchmark"])
     cells, dense = _by_row(group), _dense_values(group)
     ordered = [*methods_of(group[group["method_name"] == "dense"]).itertuples(), *variants.itertuples()]
