@@ -244,3 +244,22 @@ def test_figures_draw_speedups_and_the_byte_limit(tmp_path: Path):
     assert next(line.get_label() for line in axes.lines) == "fastv"
     assert len(write_efficiency_figures(data, tmp_path)) == 4
     assert speedup_over_keep(data[data["method"] == "dense"]) is None
+
+
+def test_a_method_that_fails_leaves_a_failed_cell_and_the_others_go_on(tmp_path: Path, capsys, monkeypatch):
+    from corematching.efficiency import bench
+
+    def fail(model, dense, method, *rest):
+        if method.name == "random":
+            raise MemoryError("too large")
+        return measure(model, dense, method, *rest)
+
+    monkeypatch.setattr(bench, "measure", fail)
+    words = ["+experiment=efficiency", "model=tiny", "model.num_layers=1", f"results_dir={tmp_path}"]
+    words += ["methods=[random,dense]", "keep=[8]", "efficiency.output_tokens=[1]", "efficiency.repeats=1"]
+    assert main(words) == 1
+    assert "random failed: MemoryError: too large" in capsys.readouterr().out
+    records = [json.loads(path.read_text()) for path in (tmp_path / "efficiency" / "cells").glob("*/cell.json")]
+    status = {record["labels"]["method"]: record["status"] for record in records}
+    assert status == {"random": "failed", "dense": "done"}
+    assert any("too large" in record["error"]["traceback"] for record in records if record["error"])

@@ -7,6 +7,7 @@ and say so.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -162,20 +163,25 @@ class Bench:
                     )
                     self._write(row, limited, started, self._limited())
                 self._write_predictions(row, resident, started)
-        except UserError:
-            raise
         except Exception as error:  # whatever went wrong belongs to this method, and the others go on
             self.failed += 1
             print(f"  {row.label} failed: {type(error).__name__}: {error}")
-            if self.settings["debug"]:
-                raise
+            trouble = {
+                "type": type(error).__name__,
+                "message": str(error),
+                "traceback": "".join(traceback.format_exception(error)),
+            }
+            for cell in self.cells(row):
+                if (self.store.read(cell.id) or {}).get("status") != "done":
+                    self._store(cell, started, {"status": "failed", "error": trouble})
 
     def _write(self, row: Row, measured: Measured, started: datetime, regime: str = "resident") -> None:
         for tokens, bench in measured.rows.items():
             if regime == "resident":
                 guess = predicted_row(self.model.config, measured.trace, tokens, self.here, self.dtype)
                 bench["predicted_over_measured"] = guess["end_to_end_ms"] / bench["end_to_end_ms"]
-            self._store(self.cell(row, tokens, regime), bench | {"regime": regime}, measured, tokens, started)
+            result = self._result(bench | {"regime": regime}, measured, tokens)
+            self._store(self.cell(row, tokens, regime), started, result)
 
     def _write_predictions(self, row: Row, measured: Measured, started: datetime) -> None:
         assert self.elsewhere is not None
@@ -185,25 +191,29 @@ class Bench:
         for tokens in self.protocol.output_tokens:
             bench = predicted_row(self.model.config, measured.trace, tokens, self.elsewhere, dtype)
             cell = self.cell(row, tokens, "predicted", self.elsewhere.name)
-            self._store(cell, bench | {"dtype": dtype}, measured, tokens, started)
+            self._store(cell, started, self._result(bench | {"dtype": dtype}, measured, tokens))
 
-    def _store(self, cell: Cell, bench: dict[str, Any], measured: Measured, tokens: int, started: datetime) -> None:
+    def _result(self, bench: dict[str, Any], measured: Measured, tokens: int) -> dict[str, Any]:
+        """What a finished row adds to its record."""
         from corematching.evaluation.generator import Answer
         from corematching.evaluation.trace_summary import summarise
 
         sample = replace(measured.trace, decode_steps=tokens - 1, head_positions=tokens)
+        summary = summarise([Answer("", tokens, sample)], self.model.config)
+        return {"status": "done", "bench": bench, "trace": summary}
+
+    def _store(self, cell: Cell, started: datetime, result: dict[str, Any]) -> None:
         finished = datetime.now(UTC)
         record = {
             "schema": SCHEMA,
             "kind": "efficiency",
             "id": cell.id,
-            "status": "done",
             "config": cell.config,
             "labels": cell.label,
             "metrics": {},
             "score": None,
             "n": 0,
-            "trace": summarise([Answer("", tokens, sample)], self.model.config),
+            "trace": None,
             "timing": {"seconds": (finished - started).total_seconds()},
             "provenance": {
                 "versions": provenance.versions(),
@@ -214,7 +224,8 @@ class Bench:
                 "finished": finished.isoformat(timespec="seconds"),
             },
             "error": None,
-            "bench": bench,
+            "bench": None,
+            **result,
         }
         with self.store.claim(cell.id):
             self.store.write(record)
@@ -224,9 +235,11 @@ class Bench:
         """Write and print the table of this experiment's rows."""
         cells = [cell for row in self.rows for cell in self.cells(row)]
         records = [record for record in (self.store.read(cell.id) for cell in cells) if record is not None]
-        table = run_table(records)
+        table = run_table([record for record in records if record["status"] == "done"])
         table.write(self.store.root)
         print_rows(table)
+        if self.failed:
+            print(f"{self.failed} methods failed; tracebacks are in {self.store.cells}/<id>/cell.json")
         print(f"table: {self.store.root / 'table.md'}, {self.store.root / 'table.csv'}")
         return 1 if self.failed else 0
 
