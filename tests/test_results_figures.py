@@ -39,8 +39,7 @@ def digests(paths):
 def test_publish_writes_every_figure_twice_alike(experiment, tmp_path):
     first, second = (publish([experiment], tmp_path / name, report=False) for name in "ab")
     names = {path.stem for path in first if path.suffix in (".pdf", ".png")}
-    expected = {"pareto_flops", "pareto_latency", "accuracy_over_keep", "heat_map", "layers", "time_breakdown"}
-    assert names == expected
+    assert names >= {"pareto_flops", "pareto_latency", "accuracy_over_keep", "heat_map", "layers", "time_breakdown"}
     assert digests(first) == digests(second)
     assert b"CreationDate" not in (tmp_path / "a" / "figures" / "layers.pdf").read_bytes()
 
