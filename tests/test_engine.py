@@ -93,6 +93,20 @@ def test_trace_tells_the_cache_lengths(name, random_llava):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["core_tokens", "corematching"])
+def test_core_tokens_adapt_unless_a_budget_is_given(name, random_llava):
+    prompt = make_prompt(6)
+
+    def kept(**parameters):
+        with cm.build_method(name, **parameters)(random_llava) as trace:
+            random_llava(**prompt)
+        return len(trace.samples[0].visual_tokens[-1])
+
+    assert kept(keep=9) == kept(threshold="keep", keep=9) == 9
+    assert kept() not in (9, IMAGE_TOKENS)
+
+
+@torch.no_grad()
 def test_tokens_leave_where_the_method_says(random_llava):
     prompt = make_prompt(6)
     with cm.build_method("fastv", layer=3, keep=7)(random_llava) as trace:

@@ -48,9 +48,9 @@ class CoreTokens(Method):
         token. "cosine": cosine of activations with the reference token's. "attention": attention of the reference
         token, mean over heads.
     threshold
-        "elbow": adaptive, the count follows from the curve. "keep": the top ``keep`` tokens.
+        "elbow": adaptive, the count follows from the curve, unless ``keep`` is given. "keep": the top ``keep`` tokens.
     keep
-        Budget used by threshold="keep" (count or fraction).
+        Forced budget (count or fraction), for matched comparisons; None leaves the count to the elbow.
     reference
         Prompt position of the reference token, counted from the end (-1 = last).
     depth_fraction
@@ -83,9 +83,8 @@ class CoreTokens(Method):
 
     def select(self, view: LayerView) -> Keep:
         scores = self.scores(view)
-        if self.threshold == "elbow":
+        if self.keep is None:
             return Keep(elbow_keep(scores, view.visual_valid))
-        assert self.keep is not None
         return keep_top(scores, self.keep, view.visual_valid, view.visual_counts)
 
     def scores(self, view: LayerView) -> Tensor:
