@@ -21,8 +21,8 @@ def inputs(tiny):
     _, processor = tiny
     images: list[Image.Image] = [render(make_scene(seed, "test")) for seed in (0, 1)]
     prompts = [
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-        f"and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
         for question in ("Is there a red square?", "How many objects are there in the picture?")
     ]
     return processor(images=images, text=prompts, padding=True, return_tensors="pt")
