@@ -145,7 +145,8 @@ class Bench:
         depth = geometry.depth
         if depth < (full := _full_depth(chosen, depth)):
             print(f"  {depth} of {full} decoder layers: times are of the slice, nothing is extrapolated in the table")
-        mlp = family_of(self.model.config).decoder(self.model).layers[0].mlp
+        decoder: Any = family_of(self.model.config).decoder(self.model)
+        mlp = decoder.layers[0].mlp
         if (found := measure_break_even(mlp, 0.4)) is not None:
             print(f"  core neurons, keep 0.4: {found}")
 

@@ -88,7 +88,7 @@ def generate(
     with torch.inference_mode():
         cache, token = prefill(model, inputs)
         tokens = [token]
-        ended = token == eos_token_id
+        ended = torch.zeros_like(token, dtype=torch.bool) if eos_token_id is None else token == eos_token_id
         if max_new_tokens > 1:
             decoder = decoder_of(model, inputs, cache, token, max_new_tokens - 1, engine)
             del cache  # a static decoder has its own copy
