@@ -6,8 +6,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from corematching import registry
 from corematching.errors import UserError
-from corematching.registry import CONF, group_names
+from corematching.registry import group_names
 
 
 def choices(group: str) -> list[str]:
@@ -26,7 +27,7 @@ def load(group: str, name: str) -> dict[str, Any]:
     valid = choices(group)
     if name not in valid:
         raise unknown(group, name, valid)
-    return dict(OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml")))  # type: ignore[arg-type]
+    return dict(OmegaConf.to_container(OmegaConf.load(registry.CONF / group / f"{name}.yaml")))  # type: ignore[arg-type]
 
 
 def unknown(what: str, value: object, valid: Iterable[str]) -> UserError:
@@ -39,7 +40,7 @@ def unknown(what: str, value: object, valid: Iterable[str]) -> UserError:
 
 def top_level() -> list[str]:
     """Everything that can be set with ``name=value``: the groups, then the root configuration's own settings."""
-    root = OmegaConf.load(CONF / "config.yaml")
+    root = OmegaConf.load(registry.CONF / "config.yaml")
     parts = [str(next(iter(entry))) for entry in root.defaults if not isinstance(entry, str)]
     settings = [str(key) for key in root if key not in ("defaults", "hydra")]
     return [part for part in parts if "/" not in part] + settings

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from corematching import registry
 from corematching.efficiency.peaks import Peaks
 from corematching.efficiency.roofline import Hardware
 from corematching.errors import UserError
-from corematching.registry import CONF, group_names
+from corematching.registry import group_names
 
 THIS = "this"
 
@@ -26,7 +27,7 @@ def load_hardware(name: str) -> Hardware:
     valid = [known for known in group_names("hardware") if known != THIS]
     if name not in valid:
         raise UserError(f"unknown hardware {name!r}: choose from {', '.join(valid)}")
-    values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "hardware" / f"{name}.yaml"))
+    values: Any = OmegaConf.to_container(OmegaConf.load(registry.CONF / "hardware" / f"{name}.yaml"))
     return Hardware(**values)
 
 

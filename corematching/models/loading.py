@@ -9,9 +9,10 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from corematching import registry
 from corematching.errors import UserError
 from corematching.models.families import family_of
-from corematching.registry import CONF, group_names
+from corematching.registry import group_names
 
 PACKAGED = "packaged:"
 """Prefix of model paths that lie inside this package."""
@@ -26,7 +27,7 @@ def model_path(name_or_path: str) -> str:
         For something that is neither a known name, an existing path, nor of the form "owner/name".
     """
     if name_or_path in group_names("model"):
-        name_or_path = str(OmegaConf.load(CONF / "model" / f"{name_or_path}.yaml").path)
+        name_or_path = str(OmegaConf.load(registry.CONF / "model" / f"{name_or_path}.yaml").path)
     if name_or_path.startswith(PACKAGED):
         return str(Path(__file__).parent / name_or_path.removeprefix(PACKAGED))
     if not Path(name_or_path).exists() and name_or_path.count("/") != 1:
@@ -118,7 +119,7 @@ def _architecture(name: str) -> Any:
     """The architecture that a ``conf/model`` file spells out, as a dictionary; None if it does not."""
     if name not in group_names("model"):
         return None
-    config: Any = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    config: Any = OmegaConf.load(registry.CONF / "model" / f"{name}.yaml")
     architecture = config.get("architecture")
     return None if architecture is None else OmegaConf.to_container(architecture)
 
