@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from corematching.methods.base import BeforeLayer, Geometry, Method, Replace, Stage
-from corematching.methods.parameters import Budget, check_budget, check_count, check_layer, count_of
+from corematching.methods.base import Replace
+from corematching.methods.control import Control
+from corematching.methods.parameters import count_of
 from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)
-class Pooling(Method):
+class Pooling(Control):
     """Average neighbouring visual tokens on the patch grid: the control that keeps everything, blurred.
 
     The grid is average-pooled to ``r x c`` cells; where its sides are no multiples, windows overlap by one patch. A
@@ -31,19 +31,6 @@ class Pooling(Method):
     seed
         No effect: nothing is random. It is here so that all controls take the same parameters.
     """
-
-    keep: Budget
-    layer: int
-    seed: int
-    acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
-
-    def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-
-    def stages(self, geometry: Geometry) -> list[Stage]:
-        check_count("keep", self.keep, geometry.image_tokens)
-        check_layer("layer", self.layer, geometry.depth, first=-1)
-        return [BeforeLayer(max(self.layer, 0), self.select)]
 
     def select(self, view: LayerView) -> Replace | None:
         rows, columns = view.prompt.grid

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
-from corematching.methods.parameters import Budget, check_budget, check_count, check_layer
+from corematching.methods.base import Keep
+from corematching.methods.control import Control
 from corematching.methods.selection import hashed_noise, keep_top, sample_keys
 from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)
-class Random(Method):
+class Random(Control):
     """Keep random visual tokens: the control every score has to beat.
 
     The subset depends on the seed and on the prompt's text, not on the sample's place in a batch. Kept tokens keep
@@ -27,19 +26,6 @@ class Random(Method):
     seed
         Seed of the choice.
     """
-
-    keep: Budget
-    layer: int
-    seed: int
-    acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
-
-    def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-
-    def stages(self, geometry: Geometry) -> list[Stage]:
-        check_count("keep", self.keep, geometry.image_tokens)
-        check_layer("layer", self.layer, geometry.depth, first=-1)
-        return [BeforeLayer(max(self.layer, 0), self.select)]
 
     def select(self, view: LayerView) -> Keep:
         keys = sample_keys(view.prompt.input_ids, view.prompt.valid)

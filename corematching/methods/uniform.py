@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
-from corematching.methods.parameters import Budget, check_budget, check_count, check_layer, count_of
+from corematching.methods.base import Keep
+from corematching.methods.control import Control
+from corematching.methods.parameters import count_of
 from corematching.methods.views import LayerView
 
 
 @dataclass(frozen=True)
-class Uniform(Method):
+class Uniform(Control):
     """Keep visual tokens at a uniform stride over the raster: the control that knows only geometry.
 
     Token ``floor((i + 1/2) * N / keep)`` is kept for i = 0..keep-1. Kept tokens keep their original position ids.
@@ -27,19 +27,6 @@ class Uniform(Method):
     seed
         Rotates the start of the stride, in tokens.
     """
-
-    keep: Budget
-    layer: int
-    seed: int
-    acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
-
-    def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-
-    def stages(self, geometry: Geometry) -> list[Stage]:
-        check_count("keep", self.keep, geometry.image_tokens)
-        check_layer("layer", self.layer, geometry.depth, first=-1)
-        return [BeforeLayer(max(self.layer, 0), self.select)]
 
     def select(self, view: LayerView) -> Keep:
         mask = torch.zeros_like(view.visual_valid)
