@@ -31,9 +31,10 @@ from corematching.errors import UserError
 from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Row, method_rows, model_identity
+from corematching.evaluation.records import new_record
 from corematching.methods.base import Method
 from corematching.models.families import family_of
-from corematching.results.store import SCHEMA, Store
+from corematching.results.store import Store
 
 
 def run(config: DictConfig) -> int:
@@ -204,30 +205,9 @@ class Bench:
         return {"status": "done", "bench": bench, "trace": summary}
 
     def _store(self, cell: Cell, started: datetime, result: dict[str, Any]) -> None:
-        finished = datetime.now(UTC)
-        record = {
-            "schema": SCHEMA,
-            "kind": "efficiency",
-            "id": cell.id,
-            "config": cell.config,
-            "labels": cell.label,
-            "metrics": {},
-            "score": None,
-            "n": 0,
-            "trace": None,
-            "timing": {"seconds": (finished - started).total_seconds()},
-            "provenance": {
-                "versions": provenance.versions(),
-                "git_commit": provenance.git_commit(),
-                "hardware": self.machine,
-                "peaks": {"bandwidth": self.peaks.bandwidth, "flops": self.peaks.flops},
-                "started": started.isoformat(timespec="seconds"),
-                "finished": finished.isoformat(timespec="seconds"),
-            },
-            "error": None,
-            "bench": None,
-            **result,
-        }
+        seconds = (datetime.now(UTC) - started).total_seconds()
+        peaks = {"bandwidth": self.peaks.bandwidth, "flops": self.peaks.flops}
+        record = new_record(cell, "efficiency", started, seconds, result, hardware=self.machine, peaks=peaks)
         with self.store.claim(cell.id):
             self.store.write(record)
 

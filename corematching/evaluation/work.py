@@ -5,11 +5,11 @@ import traceback
 from datetime import UTC, datetime
 from typing import Any
 
-from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
-from corematching.results.store import SCHEMA, Store
+from corematching.evaluation.records import new_record
+from corematching.results.store import Store
 
 
 def attempt(cell: Cell, experiment: Experiment, bench: Any, store: Store, reporter: Reporter) -> dict[str, Any] | None:
@@ -28,29 +28,7 @@ def attempt(cell: Cell, experiment: Experiment, bench: Any, store: Store, report
             result, samples = bench.evaluate(cell, reporter.advance)
         except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
             result = {"status": "failed", "error": describe(error)}
-        record = {
-            "schema": SCHEMA,
-            "kind": "accuracy",
-            "id": cell.id,
-            "status": result["status"],
-            "config": cell.config,
-            "labels": cell.label,
-            "metrics": {},
-            "score": None,
-            "n": 0,
-            "trace": None,
-            "error": None,
-            "bench": None,
-            **result,
-            "timing": {**result.get("timing", {}), "seconds": time.perf_counter() - clock},
-            "provenance": {
-                "versions": provenance.versions(),
-                "git_commit": provenance.git_commit(),
-                "hardware": provenance.hardware(),
-                "started": started.isoformat(timespec="seconds"),
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        }
+        record = new_record(cell, "accuracy", started, time.perf_counter() - clock, result)
         store.write(record, samples)
         reporter.finish(cell, record)
         return record
