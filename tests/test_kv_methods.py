@@ -242,4 +242,4 @@ def test_bad_parameters_are_named(name, parameters, message):
 def test_overhead_is_booked():
     view = random_view()
     cm.build_method("h2o").select(view)
-    assert view.spent == 4 * 4 * 90 * 90 * 8
+    assert view.spent == 2 * 90 * 90 * (4 * 8 + 2), "queries by keys, then the sum over queries for two key heads"

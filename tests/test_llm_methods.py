@@ -139,9 +139,9 @@ def test_something_is_saved_and_the_cost_of_choosing_is_booked(name, build, rand
         or sample.kv_bytes < dense.kv_bytes
         or all(len(neurons) < WIDTH for neurons in sample.neurons)
     )
-    free = name in ("streaming_llm", "sgl") or name.startswith("wanda_neurons")
-    assert sample.overhead_flops > 0 or free
-    assert cm.flops(random_llava.config, sample).overhead > 0 or name == "streaming_llm"
+    free = name in ("streaming_llm", "coreinfer", "wanda_neurons")  # sorting and norms: no matrix product
+    assert sample.overhead_flops > 0 or free or name == "sgl"
+    assert cm.flops(random_llava.config, sample).overhead > 0 or free
 
 
 @torch.no_grad()

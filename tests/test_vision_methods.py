@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 import corematching as cm
@@ -309,6 +310,16 @@ def test_cdpruner_reads_the_instruction(text_model, readable_llava, prompts):
     assert len(kept["short"]) == len(kept["long"]) == 9
     assert kept["marked"] == kept["short"]  # the closing role marker is no part of the instruction
     assert kept["other"] != kept["short"]
+
+
+@torch.no_grad()
+def test_cdpruner_books_its_text_tower(text_model, readable_llava, prompts):
+    with cm.build_method("cdpruner", keep=9, text_model=text_model)(readable_llava) as trace:
+        greedy(readable_llava, prompts[0])  # loads the tower
+        trace.drain()
+        with FlopCounterMode(display=False) as counter:
+            greedy(readable_llava, prompts[0])
+    assert cm.flops(readable_llava.config, trace).total == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @torch.no_grad()

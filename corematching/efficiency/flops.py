@@ -81,7 +81,8 @@ def _sample_flops(config: Any, sample: SampleTrace) -> Flops:
 def _guide_flops(sample: SampleTrace) -> float:
     if sample.guide is None:
         return 0.0
-    return sum(_sample_flops(sample.guide.config, run).total for run in sample.guide.passes)
+    passes = sum(_sample_flops(sample.guide.config, run).total for run in sample.guide.passes)
+    return passes + sample.guide.scoring_flops
 
 
 def decode_flops(config: Any, sample: SampleTrace, steps: int) -> float:

@@ -51,6 +51,7 @@ class Reading:
     """Per sample, if early exit asked for it."""
     trace: Trace
     """The guide's passes, all samples of one pass after the other."""
+    tap: AttentionTap
     config: Any
 
     exits: list[bool] = field(default_factory=list)
@@ -60,7 +61,7 @@ class Reading:
         """One entry per prompt."""
         rows, samples = len(self.scores), self.trace.samples
         passes = [[samples[start + row] for start in range(0, len(samples), rows)] for row in range(rows)]
-        return [GuideTrace(self.config, own, row in self.final) for row, own in enumerate(passes)]
+        return [GuideTrace(self.config, own, row in self.final, self.tap.flops) for row, own in enumerate(passes)]
 
     @property
     def final(self) -> set[int]:
@@ -84,6 +85,8 @@ class AttentionTap:
         self.rows = max(1, int(self.observes.sum(1).max()))
         self.passes: list[Tensor] = []
         """Per pass: [B, V]."""
+        self.flops = 0.0
+        """Matrix products of the recomputed rows, per sample."""
         decoder: Any = family.decoder(model)
         self.layers = decoder.layers[: decoder.config.num_hidden_layers]
 
@@ -115,6 +118,7 @@ class AttentionTap:
         decoded = self.layout.valid.new_ones(len(keys), length - self.layout.valid.shape[1])
         visible = torch.cat([self.layout.valid, decoded], 1)[:, None] & (place <= place[-rows:, None])
         logits = (queries @ keys.transpose(2, 3)).float() * module.scaling
+        self.flops += 2 * rows * (module.q_proj.weight.numel() + keys.shape[1] * length * module.head_dim)
         probabilities = logits.masked_fill(~visible[:, None], torch.finfo(logits.dtype).min).softmax(-1)
         if reading:
             probabilities = probabilities * self.observes[:, None, -rows:, None]
@@ -189,14 +193,14 @@ class Guidance:
         with Dense()(self.model) as trace, tap.installed():
             if options is None:
                 self.model(**inputs, use_cache=True, logits_to_keep=1)
-                return Reading(tap.passes[0], None, None, trace, self.model.config)
+                return Reading(tap.passes[0], None, None, trace, tap, self.model.config)
             answers = self.model.generate(**inputs, **options)[:, ids.shape[1] :]
         counted = self._before_end(answers, options)
         scores = tap.passes[0]
         for step, received in enumerate(tap.passes[1:], start=1):
             # This pass was fed answer token step - 1; after a sample's end it was fed padding.
             scores = scores + received * counted[:, step, None]
-        reading = Reading(scores, answers, None, trace, self.model.config)
+        reading = Reading(scores, answers, None, trace, tap, self.model.config)
         if self.stage.early_exit is not None:
             reading.confidence = self._confidence(reading, inputs, valid, counted)
         return reading

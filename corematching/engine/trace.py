@@ -30,7 +30,7 @@ class SampleTrace:
     dense_kv_bytes: int
     """Bytes the KV cache would have without reduction."""
     neurons: list[Tensor | None]
-    """Per layer: FFN neurons computed in decode (None = all)."""
+    """Per layer: FFN neurons computed in decode (None = all, or nothing was decoded: neurons are chosen then)."""
     ffn_mode: str
     """How decode computes FFNs: "dense", "sliced" (only chosen neurons are computed) or "masked" (a batch whose
     samples chose differently: same numbers, nothing saved)."""
@@ -48,7 +48,7 @@ class SampleTrace:
     decode_steps: int = 0
     """Decoder passes after prefill, one token each."""
     overhead_flops: float = 0.0
-    """What the method's own scoring cost (2 per multiply-add)."""
+    """Matrix products of the method's own scoring (2 per multiply-add)."""
     zeroed_kv: int = 0
     """KV rows overwritten with zeros, all layers together (published-code variant; saves nothing)."""
     guide: GuideTrace | None = None
@@ -83,6 +83,8 @@ class GuideTrace:
     """Its answer, then the pass that re-scored the answer (with early exit)."""
     answered: bool
     """Whether its answer was taken, so that the guided model never ran."""
+    scoring_flops: float = 0.0
+    """What finding out the attention that visual tokens received cost (2 per multiply-add)."""
 
 
 @dataclass

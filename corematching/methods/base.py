@@ -173,7 +173,10 @@ class AfterPrefill:
 
 @dataclass(frozen=True)
 class ChooseNeurons:
-    """Choose, from one layer's prefill, the FFN neurons that decode computes."""
+    """Choose, from one layer's prefill, the FFN neurons that decode computes.
+
+    Asked right before the first decode step, so that prompts answered by one token do not pay for it.
+    """
 
     layer: int
     select: Callable[[FFNView], Neurons | None]

@@ -55,7 +55,6 @@ class CoreInfer(Method):
         if self.keep == 1:
             return None
         width = view.activations.shape[2]
-        view.spend(2 * view.activations.shape[1] * width)
         return most_counted(token_counts(view.activations, view.valid, self.token_keep), max(1, int(width * self.keep)))
 
 

@@ -80,7 +80,8 @@ def attention_received(view: KVView, rows: int, weights: Tensor, plus_one: bool 
         probabilities = logits.softmax(-1)[..., int(plus_one) :].mean(2)
         share = weights[:, start - first : start - first + len(chunk)].float()
         received += share.transpose(1, 2)[:, None] @ probabilities
-        view.spend(4 * queries.shape[1] * len(chunk) * length * head_dim)
+        heads, sums = queries.shape[1], weights.shape[2]
+        view.spend(2 * len(chunk) * length * (heads * head_dim + kv_heads * sums))
     return received
 
 

@@ -41,7 +41,6 @@ class Pooling(Control):
         hidden = view.gather(view.hidden)
         images = hidden.unflatten(1, (-1, rows, columns)).permute(0, 1, 4, 2, 3).flatten(0, 1)
         cells = F.adaptive_avg_pool2d(images, (to_rows, to_columns)).flatten(2).transpose(1, 2)
-        view.spend(float(hidden[0].numel()))
         device = hidden.device
         row = (torch.arange(to_rows, device=device) * 2 + 1) * rows // (2 * to_rows)
         column = (torch.arange(to_columns, device=device) * 2 + 1) * columns // (2 * to_columns)

@@ -123,7 +123,7 @@ class SparseVLM(Method):
                 min(now, count_of(budget, total))
                 for now, total in zip(view.visual_counts, view.prompt.image_counts, strict=True)
             ]
-        raters, weights = rater_rows(view.prompt, view.hidden.shape[1])
+        raters, weights = rater_rows(view)
         relation = view.attention(view.layer - 1, raters).mean(1)
         real = (weights > 0)[..., None] & view.visual_valid[:, None]
         relation = relation.gather(2, view.visual[:, None].expand(-1, relation.shape[1], -1)) * real
@@ -135,7 +135,7 @@ class SparseVLM(Method):
 
     def scores(self, view: LayerView) -> Tensor:
         """[B, V], higher = keep."""
-        raters, weights = rater_rows(view.prompt, view.hidden.shape[1])
+        raters, weights = rater_rows(view)
         attention = view.attention(view.layer - 1, raters)
         if self.version == "1.5":
             return view.gather((attention.mean(1) * weights[..., None]).sum(1))
@@ -164,15 +164,17 @@ class _Pruning:
         return kept if self.method.version == "2.0" else recycle(view, scores, kept)
 
 
-def rater_rows(prompt: PromptView, length: int) -> tuple[Tensor, Tensor]:
-    """The raters as rows of a sequence of ``length`` tokens (long [B, R]) and their weights ([B, R], sum 1).
+def rater_rows(view: LayerView) -> tuple[Tensor, Tensor]:
+    """The raters as rows of the layer's sequence (long [B, R]) and their weights ([B, R], sum 1).
 
     Raters depend on the prompt alone, so they are found once per prefill.
     """
+    prompt = view.prompt
     if "sparsevlm" not in prompt.notes:
         prompt.notes["sparsevlm"] = _find_raters(prompt)
+        view.spend(2 * prompt.embeds[0].numel() * max(1, *prompt.question_lengths))
     from_end, weights = prompt.notes["sparsevlm"]
-    return length - from_end, weights
+    return view.hidden.shape[1] - from_end, weights
 
 
 def _find_raters(prompt: PromptView) -> tuple[Tensor, Tensor]:
@@ -209,6 +211,7 @@ def recycle(view: LayerView, scores: Tensor, kept: Keep) -> Replace:
         index = (~kept.mask[rows, :now]).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
         merged = _recycled_tokens(states[rows, :now], scores[rows, :now], kept.mask[rows, :now], now - keep)
         width = keep + merged.shape[1]
+        view.spend(2 * recycled_counts(now - keep)[0] * merged[0].numel() * len(rows) / len(cuts))
         hidden[rows, :width] = torch.cat([states[rows[:, None], index], merged], 1)
         origin[rows, :keep] = index
         slot[rows, :keep] = index

@@ -112,7 +112,7 @@ class TopV(Method):
         cost = self.cost(view)
         valid = view.visual_valid
         plan = sinkhorn(cost, valid, self.epsilon, self.iterations)
-        view.spend(cost.shape[1] ** 2 * (2 * view.hidden.shape[2] + 8 * self.iterations))
+        view.spend(2 * cost.shape[1] ** 2 * view.hidden.shape[2])
         return plan.sum(2) if self.importance == "mass" else -(plan * cost).sum(2) / plan.sum(2).clamp(min=1e-30)
 
     def cost(self, view: LayerView) -> Tensor:

@@ -138,7 +138,7 @@ class LayerView(Protocol):
         ...
 
     def spend(self, flops: float) -> None:
-        """Book method overhead, in FLOPs per sample (2 per multiply-add)."""
+        """Book method overhead: the matrix products of a sample (2 FLOPs per multiply-add; other work is left out)."""
         ...
 
 
@@ -188,7 +188,7 @@ class VisionView(Protocol):
         ...
 
     def spend(self, flops: float) -> None:
-        """Book method overhead, in FLOPs per image (2 per multiply-add)."""
+        """Book method overhead: the matrix products of an image (2 FLOPs per multiply-add; other work is left out)."""
         ...
 
 
@@ -219,7 +219,7 @@ class BlockView(Protocol):
         ...
 
     def spend(self, flops: float) -> None:
-        """Book method overhead, in FLOPs per image."""
+        """Book method overhead, as :meth:`VisionView.spend` does."""
         ...
 
 

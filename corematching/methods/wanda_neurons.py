@@ -59,9 +59,7 @@ class WandaNeurons(Method):
     def scores(self, view: FFNView) -> Tensor:
         """[B, I] or [1, I], higher = keep."""
         columns = view.down_weight.float().norm(dim=0)[None]
-        view.spend(2 * view.down_weight.numel())
         if self.score == "magnitude":
             return columns
-        view.spend(2 * view.activations.shape[1] * view.activations.shape[2])
         activations = view.activations.float().masked_fill(~view.valid[..., None], 0)
         return columns * activations.norm(dim=1)
