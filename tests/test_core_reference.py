@@ -91,7 +91,7 @@ def test_what_the_model_keeps_is_what_the_reference_keeps(seed, random_llava):
     seen: dict[int, torch.Tensor] = {}
 
     def note(index, module, args):
-        seen[index] = args[0][0]
+        seen.setdefault(index, args[0][0])  # prefill comes first
 
     hooks = [
         layer.mlp.down_proj.register_forward_pre_hook(partial(note, index))
@@ -100,7 +100,7 @@ def test_what_the_model_keeps_is_what_the_reference_keeps(seed, random_llava):
     prompt = make_prompt(seed)
     try:
         with cm.build_method("corematching", layer=2, rho=0.2, beta=0.4)(random_llava) as trace:
-            random_llava(**prompt)
+            random_llava.generate(**prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)
     finally:
         for hook in hooks:
             hook.remove()

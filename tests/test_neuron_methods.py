@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +20,7 @@ import corematching as cm
 from corematching.engine.ffn import FFNBuilder
 from corematching.engine.predictors import TokenwiseFFN, load_predictors, save_predictors
 from corematching.engine.views import Ledger
+from corematching.methods.base import ChooseNeurons, Method
 from corematching.methods.coreinfer import most_counted, token_counts
 from corematching.methods.predictor import Predictor, most_active, recall
 from corematching.methods.views import FFNView
@@ -274,3 +278,34 @@ def test_the_training_script_reports_recall(tmp_path, capsys):
         len(load_predictors(str(output), model, model.model.language_model))
         == model.config.text_config.num_hidden_layers
     )
+
+
+@torch.no_grad()
+def test_an_answer_of_one_token_never_chooses(random_llava):
+    """Choosing waits for the first decode step, and what it would be chosen from goes with the KV cache."""
+    prompt, asked = make_prompt(5), []
+    method = cm.build_method("core_neurons", keep=0.5)
+
+    @dataclass(frozen=True)
+    class Asked(Method):
+        def stages(self, geometry):
+            return [ChooseNeurons(s.layer, partial(self.note, s.select)) for s in method.stages(geometry)]
+
+        def note(self, select, view):
+            asked.append(view.layer)
+            return select(view)
+
+    with Asked()(random_llava) as trace:
+        out = random_llava(**prompt, use_cache=True)
+        session = random_llava._corematching
+        assert asked == []
+        assert len(session.undecided) == 1
+        assert trace.drain()[0].neurons == [None] * 6
+        del out
+        gc.collect()
+        assert len(session.undecided) == 0
+        random_llava(**prompt, use_cache=False)
+        assert asked == []
+        greedy(random_llava, prompt, max_new_tokens=2)
+        assert asked == [0, 1, 2, 3, 4, 5]
+        assert [len(neurons) for neurons in trace.drain()[-1].neurons] == [24] * 6

@@ -182,16 +182,18 @@ class _Stopwatch(Method):
 
 
 def decision_seconds(model: Any, method: Method, inputs: dict[str, Tensor], repeats: int = 3) -> list[list[float]]:
-    """Seconds of every decision a method takes during one prefill, per repeat; a warm-up is discarded.
+    """Seconds of every decision a method takes for one prompt, per repeat; a warm-up is discarded.
 
-    This is the method's overhead: signals it asks for, scores, selection. Signals that the model computes anyway
-    (hidden states, FFN activations, keys) cost nothing extra and are not in it.
+    This is the method's overhead: signals it asks for, scores, selection; neurons, which are chosen when decoding
+    starts, included. Signals that the model computes anyway (hidden states, FFN activations, keys) cost nothing extra
+    and are not in it.
     """
     watch = _Stopwatch(method, model.device)
     collected = []
     with watch(model), torch.inference_mode():
         for _ in range(repeats + 1):
             watch.seconds.clear()
-            prefill(model, inputs)
+            cache, _ = prefill(model, inputs)
+            model._corematching.choose_neurons(cache)
             collected.append(list(watch.seconds))
     return collected[1:]

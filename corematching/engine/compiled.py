@@ -62,6 +62,7 @@ def decoder_of(
     kernel = session.decoder.config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise UserError(f"engine='compiled' does not support attention kernel {kernel!r}: choose from sdpa, eager")
+    session.choose_neurons(cache)
     state = session.states[cache]
     key = signature(state, cache, room)
     decoder = session.decoders.get(key)

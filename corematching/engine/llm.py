@@ -151,12 +151,10 @@ def _after_layer(
     """Carry out the KV and FFN stages of a layer whose prefill is done."""
     activations = session.activations.get(index)
     layout = signals.layout
-    for choose in session.choose[index]:
+    for stage in session.choose[index] if cache is not None else ():
+        assert activations is not None
         weight = session.decoder.layers[index].mlp.down_proj.weight
-        chosen = choose.select(FFNSignals(index, activations, layout.valid, weight, state.ledger))  # type: ignore[arg-type]
-        if chosen is not None and chosen.index.shape[1] < session.geometry.ffn_width:
-            state.neurons[index] = chosen.index
-            state.ffn[index] = session.build_ffn(session.decoder.layers[index].mlp, chosen.index)
+        session.defer_choice(cache, stage, FFNSignals(index, activations, layout.valid, weight, state.ledger))
     if session.after[index] and cache is not None:
         layer_cache = cache.layers[index]
         signals.cached_keys = layer_cache.keys
@@ -199,6 +197,7 @@ def _decode(session, state, hidden, attention_mask, position_ids, cache, use_cac
     length = hidden.shape[1]
     if position_ids is None:
         position_ids = torch.arange(length, device=hidden.device)[None] + state.seen
+    session.choose_neurons(cache)
     state.seen += length
     state.decode_steps += length
     contexts: dict[tuple, tuple] = {}

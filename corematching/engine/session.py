@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from corematching.engine import llm
-from corematching.engine.ffn import FFNBuilder, neuron_major
+from corematching.engine.ffn import FFNBuilder, is_streamed, neuron_major
 from corematching.engine.guide import Guidance
 from corematching.engine.layout import Layout
 from corematching.engine.predictors import TokenwiseFFN, load_predictors
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
-from corematching.engine.views import Prompt
+from corematching.engine.views import FFNSignals, Prompt
 from corematching.engine.vision import TowerRun, image_decision, per_sample, run_tower, stages_of
 from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Guide, Method, PredictNeurons
@@ -73,6 +73,8 @@ class Session:
             self.before[self.guide.stage.layer].append(BeforeLayer(self.guide.stage.layer, self.guide.select))
         self.trace = Trace()
         self.states: WeakKeyDictionary[Any, PromptState] = WeakKeyDictionary()
+        self.undecided: WeakKeyDictionary[Any, list[tuple[ChooseNeurons, FFNSignals]]] = WeakKeyDictionary()
+        """By KV cache: choices of neurons that wait for the first decode step."""
         self.decoders: dict[Any, Any] = {}
         """Static decoders by the signature of the prompts they serve (see :mod:`corematching.engine.compiled`)."""
         self.active: PromptState | None = None
@@ -122,6 +124,7 @@ class Session:
         while self._undo:
             self._undo.pop()()
         self.states.clear()
+        self.undecided.clear()
         self.decoders.clear()
         self.activations.clear()
         self.attended.clear()
@@ -246,6 +249,28 @@ class Session:
             state.projected_tokens = sum(replaced.counts or [])
         layout, hidden = layout.replace(replaced, hidden, renumber)
         return hidden, layout
+
+    # --------------------------------------------------------------------------------------------- decode-time neurons
+    def defer_choice(self, cache: Any, stage: ChooseNeurons, signals: FFNSignals) -> None:
+        """Note what a layer's neurons are to be chosen from; an answer of one token never pays for the choice.
+
+        An FFN whose weights are on the device for this moment only is decided now.
+        """
+        if is_streamed(self.decoder.layers[stage.layer].mlp):
+            self._choose(self.states[cache], stage, signals)
+        else:
+            self.undecided.setdefault(cache, []).append((stage, signals))
+
+    def choose_neurons(self, cache: Any) -> None:
+        """Choose the neurons that decoding computes; called before a prompt's first decode step."""
+        for stage, signals in self.undecided.pop(cache, ()):
+            self._choose(self.states[cache], stage, signals)
+
+    def _choose(self, state: PromptState, stage: ChooseNeurons, signals: FFNSignals) -> None:
+        chosen = stage.select(signals)
+        if chosen is not None and chosen.index.shape[1] < self.geometry.ffn_width:
+            state.neurons[stage.layer] = chosen.index
+            state.ffn[stage.layer] = self.build_ffn(self.decoder.layers[stage.layer].mlp, chosen.index)
 
 
 def _by_layer(stages: list[Any], kind: Any) -> defaultdict[int, list[Any]]:
