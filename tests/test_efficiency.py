@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from corematching.efficiency.roofline import Hardware, Sizes, decode_bytes, pred
 from corematching.efficiency.rows import Protocol, measure, predicted_row
 from corematching.engine.compiled import generate
 from corematching.registry import group_names
+from corematching.results.store import Store
 
 PEAKS = Peaks(1e10, 2e10, 1e11)
 
@@ -223,6 +225,24 @@ def test_the_efficiency_road_stores_rows_and_resumes(tmp_path: Path, capsys):
     again = capsys.readouterr().out
     assert "0 to measure" in again
     assert "predicted" in (tmp_path / "efficiency" / "table.md").read_text()
+
+
+def test_a_row_another_process_measures_is_left_to_it(tmp_path: Path, capsys):
+    words = ["+experiment=efficiency", "model=tiny", "model.num_layers=1", f"results_dir={tmp_path}"]
+    words += ["methods=[dense,random]", "keep=[8]", "efficiency.output_tokens=[1]", "efficiency.repeats=1"]
+    assert main(words) == 0
+    capsys.readouterr()
+    store = Store(tmp_path / "efficiency")
+    records = {path.parent: json.loads(path.read_text()) for path in store.cells.glob("*/cell.json")}
+    (taken,) = [folder for folder, record in records.items() if record["labels"]["method"] == "random"]
+    shutil.rmtree(taken)
+    with store.claim(taken.name) as mine:
+        assert mine
+        assert main(words) == 0
+        assert not taken.exists()
+    assert "random keep=8: being measured by another process" in capsys.readouterr().out
+    assert main(words) == 0
+    assert taken.exists()
 
 
 def test_wrong_efficiency_settings_take_one_line(tmp_path: Path, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,8 +60,14 @@ def run(config: DictConfig) -> int:
     if pending:
         bench.prepare(pending)
     for row in pending:
-        print(f"  {row.label}{'' if row.keep is None else f' keep={row.keep}'} ...", flush=True)
-        bench.measure(row)
+        name = f"{row.label}{'' if row.keep is None else f' keep={row.keep}'}"
+        with ExitStack() as claims:
+            mine = all(claims.enter_context(bench.store.claim(cell.id)) for cell in bench.cells(row))
+            if not mine or bench.is_done(row):
+                print(f"  {name}: {'done' if mine else 'being measured'} by another process")
+                continue
+            print(f"  {name} ...", flush=True)
+            bench.measure(row)
     return bench.conclude()
 
 
@@ -208,8 +215,7 @@ class Bench:
         seconds = (datetime.now(UTC) - started).total_seconds()
         peaks = {"bandwidth": self.peaks.bandwidth, "flops": self.peaks.flops}
         record = new_record(cell, "efficiency", started, seconds, result, hardware=self.machine, peaks=peaks)
-        with self.store.claim(cell.id):
-            self.store.write(record)
+        self.store.write(record)
 
     # ------------------------------------------------------------------------------------------------------- table
     def conclude(self) -> int:
