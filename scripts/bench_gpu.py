@@ -20,17 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from corematching import build_method, load_model
+from corematching import build_method, kernels, load_model
 from corematching.efficiency.hardware import load_hardware, this_machine
 from corematching.efficiency.latency import Spread, clock, fixed_inputs
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks, measure_peaks
 from corematching.efficiency.rows import Protocol, measure, predicted_row
 from corematching.efficiency.table import run_table
-from corematching.engine import kernels
 from corematching.engine.compiled import generate
 from corematching.engine.ffn import MaskedFFN, SlicedFFN, neuron_major
 from corematching.errors import UserError
+from corematching.methods.core import core_neurons, sentence_core_neurons, token_core_neurons
 from corematching.models.families import family_of
 from corematching.registry import group_names
 
@@ -94,6 +94,17 @@ def check_kernel(session: Session) -> dict[str, float]:
     if error > 0.05:
         raise SystemExit("the core-neuron FFN is wrong on this device: no timing is worth having")
     return {"relative_error": error}
+
+
+def check_choice(session: Session) -> None:
+    """Core neurons as the kernel finds them against the sorting definition, at the model's own width."""
+    width = session.model.config.text_config.intermediate_size
+    activations = torch.randn(1, 139, width, device=session.device, dtype=session.model.dtype)
+    valid = torch.ones(1, 139, dtype=torch.bool, device=session.device)
+    count = int(0.4 * width)
+    wanted = sentence_core_neurons(token_core_neurons(activations, 0.2), valid, count)
+    if not torch.equal(core_neurons(activations, valid, 0.2, count), wanted):
+        raise SystemExit("core neurons are chosen wrongly on this device: no timing is worth having")
 
 
 def check_engines(session: Session) -> dict[str, int]:
@@ -227,6 +238,7 @@ def run(options: argparse.Namespace) -> None:
         f"peaks: copy {peaks.copy_bandwidth / 1e9:.0f} GB/s, read {peaks.read_bandwidth / 1e9:.0f} GB/s, "
         f"matrix product {peaks.flops / 1e12:.3g} TFLOP/s"
     )
+    check_choice(session)
     checks = {**check_kernel(session), "agreement": check_engines(session)}
     resident(session)
     limited(session, toy_budget(session) if options.dry_run else 1e9 * options.budget_gb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -166,9 +167,9 @@ def test_neuron_major_storage_changes_no_value_and_is_undone(mlp, monkeypatch):
     assert torch.equal(mlp(x), dense)
 
 
-KERNEL = """
+GATHERING = """
 import torch
-from corematching.engine.gather_kernel import gather_ffn
+from corematching.kernels.gather import gather_ffn
 torch.manual_seed(0)
 for width, d, k, name, act in ((90, 192, 77, "silu", torch.nn.functional.silu), (64, 600, 64, "relu", torch.relu),
                                (70, 512, 1, "silu", torch.nn.functional.silu)):
@@ -179,9 +180,53 @@ for width, d, k, name, act in ((90, 192, 77, "silu", torch.nn.functional.silu), 
 """
 
 
-def test_gathering_kernel_computes_the_sliced_ffn():
+CHOOSING = """
+import torch
+from corematching.kernels.core import core_neurons
+from corematching.methods.core import sentence_core_neurons, token_core_neurons
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for batch, n, width, rho, count in ((2, 7, 90, 0.2, 36), (1, 1, 64, 1.0, 64), (1, 30, 70, 0.013, 1)):
+        acts = (torch.randn(batch, n, width) * 10.0 ** torch.randint(-8, 4, (batch, n, 1))).to(dtype)
+        acts[:, 0] = -acts[:, 0].abs()  # a token without core neurons
+        acts[:, -1] = acts[:, -1].sign()  # and one whose threshold all its neurons share
+        valid = torch.arange(n) >= torch.arange(batch)[:, None]
+        wanted = sentence_core_neurons(token_core_neurons(acts, rho), valid, count)
+        assert torch.equal(core_neurons(acts, valid, rho, count), wanted), (dtype, width, rho)
+"""
+
+
+@pytest.mark.parametrize("source", [GATHERING, CHOOSING], ids=["gathering", "choosing"])
+def test_kernels_compute_what_the_plain_path_computes(source):
     """Triton's interpreter runs the kernel's source on the CPU; it must be chosen before Triton is imported."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TILE = {"ROWS": 4, "COLUMNS": 512, "RELU": False}
+KERNELS = {
+    "gather._activate": ("x:p gate:p up:p index:*i64 out:*fp32 k:i32 d:i32", TILE),
+    "gather._add_up": ("act:*fp32 down:p index:*i64 out:*fp32 k:i32 d:i32 per_slice:i32", {"CHUNK": 8, "WIDTH": 256}),
+    "core._vote": (
+        "activations:p valid:*u8 wanted:*i32 votes:*i32 width:i32 length:i32",
+        {"ZERO_BITS": 16, "BLOCK": 16384},
+    ),
+    "core._elect": ("votes:*i32 out:*i64 width:i32 count:i32", {"BITS": 34, "BLOCK": 16384}),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_for_a_gpu(name):
+    """The interpreter forgives types that the compiler does not; compiling needs no GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    module, kernel = name.split(".")
+    function = getattr(importlib.import_module(f"corematching.kernels.{module}"), kernel)
+    arguments, constants = KERNELS[name]
+    signature = dict(argument.split(":") for argument in arguments.replace(":p", ":*bf16").split())
+    source = triton.compiler.ASTSource(function, signature | dict.fromkeys(constants, "constexpr"), constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+    assert compiled.asm["cubin"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from corematching import kernels
 from corematching.efficiency.latency import clock
-from corematching.engine import kernels
 from corematching.engine.ffn import MaskedFFN, Rows, SlicedFFN, neuron_major
 
 

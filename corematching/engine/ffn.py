@@ -2,7 +2,7 @@
 
 A neuron of a gated FFN is one row of the gate weight, one row of the up weight and one column of the down weight.
 :func:`neuron_major` stores the down weight so that its columns are contiguous too; then choosing neurons means reading
-whole rows. On a GPU a kernel reads them inside the matrix-vector product (:mod:`corematching.engine.kernels`). On a CPU
+whole rows. On a GPU a kernel reads them inside the matrix-vector product (:mod:`corematching.kernels`). On a CPU
 they are gathered once per prompt into buffers that outlive it, and only when the answer is long enough to repay that.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from corematching.engine import kernels
+from corematching import kernels
 
 GATHER_AFTER = 3
 """Decode steps computed densely before neurons are gathered on a CPU. Gathering costs about as much as two to four

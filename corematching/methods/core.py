@@ -8,6 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from corematching import kernels
+
+
+def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
+    """Sentence-wise core neurons of the tokens' own core neurons.
+
+    Parameters
+    ----------
+    activations
+        [B, n, I].
+    valid
+        Bool [B, n].
+    rho, count
+        As in :func:`token_core_neurons` and :func:`sentence_core_neurons`, whose composition this is; on a GPU a kernel
+        does it without sorting.
+
+    Returns
+    -------
+    Long [B, count], ascending.
+    """
+    if kernels.available(activations.device):
+        return kernels.core_neurons(activations, valid, rho, count)
+    return sentence_core_neurons(token_core_neurons(activations, rho), valid, count)
+
 
 def token_core_neurons(activations: Tensor, rho: float) -> Tensor:
     """Token-wise core neurons: activations within the top ``rho`` of the token's positive ones.

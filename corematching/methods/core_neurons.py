@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from corematching.errors import UserError
 from corematching.methods.base import ChooseNeurons, Geometry, Method, Neurons, Stage
-from corematching.methods.core import sentence_core_neurons, token_core_neurons
+from corematching.methods.core import core_neurons
 from corematching.methods.parameters import check_budget
 from corematching.methods.views import FFNView
 
@@ -31,10 +31,9 @@ def layer_range(layers: tuple[int, int] | None, depth: int) -> range:
 
 def choose_core_neurons(view: FFNView, rho: float, keep: float) -> Neurons:
     """Sentence-wise core neurons of the tokens that entered this layer."""
-    token_core = token_core_neurons(view.activations, rho)
     view.spend(2 * view.activations.shape[1] * view.activations.shape[2])
     count = max(1, int(view.activations.shape[2] * keep + 1e-9))
-    return Neurons(sentence_core_neurons(token_core, view.valid, count))
+    return Neurons(core_neurons(view.activations, view.valid, rho, count))
 
 
 @dataclass(frozen=True)

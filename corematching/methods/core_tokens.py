@@ -10,12 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
-from corematching.methods.core import (
-    coactivation_counts,
-    match_counts,
-    sentence_core_neurons,
-    token_core_neurons,
-)
+from corematching.methods.core import coactivation_counts, core_neurons, match_counts
 from corematching.methods.parameters import Budget, check_budget, check_choice, check_count, place
 from corematching.methods.selection import elbow_keep, keep_top
 from corematching.methods.views import LayerView
@@ -102,5 +97,5 @@ class CoreTokens(Method):
             return cosine_similarity(visual.float(), reference[:, None].float(), dim=-1)
         view.spend(2 * activations.shape[1] * activations.shape[2])
         count = max(1, int(activations.shape[2] * self.beta + 1e-9))
-        core = sentence_core_neurons(token_core_neurons(activations, self.rho), view.valid, count)
+        core = core_neurons(activations, view.valid, self.rho, count)
         return match_counts(visual, core)

@@ -1,4 +1,4 @@
-"""Where the GPU kernels live, and when they can be used. Triton is imported only then."""
+"""The GPU kernels, and when they can be used. Triton is imported only then."""
 
 from __future__ import annotations
 
@@ -36,8 +36,15 @@ def usable(mlp: Any, x: Tensor) -> bool:
 
 def gather_ffn(mlp: Any, index: Tensor, x: Tensor) -> Tensor:
     """The FFN of one token, [1, 1, d] -> [1, 1, d], reading only the rows of the neurons ``index`` (long [k])."""
-    from corematching.engine.gather_kernel import gather_ffn as launch
+    from corematching.kernels.gather import gather_ffn as launch
 
     activation = activation_of(mlp)
     assert activation is not None
     return launch(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t(), index, x, activation)
+
+
+def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
+    """:func:`corematching.methods.core.core_neurons` in two launches, without synchronising."""
+    from corematching.kernels.core import core_neurons as launch
+
+    return launch(activations, valid, rho, count)
