@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import IMAGE_TOKENS, left_pad
+from torch.utils._pytree import tree_leaves
 
 import corematching as cm
 from corematching.engine import ffn
@@ -165,6 +166,68 @@ def test_neuron_major_storage_changes_no_value_and_is_undone(mlp, monkeypatch):
     restore()
     assert mlp.down_proj.weight.is_contiguous()
     assert torch.equal(mlp(x), dense)
+
+
+def pretend_to_capture(work):
+    """What a CUDA graph does, on a CPU: the work again on the tensors it was captured with, results in fixed places."""
+    places = work()
+
+    def replay():
+        for place, result in zip(tree_leaves(places), tree_leaves(work()), strict=True):
+            place.copy_(result)
+
+    return replay, places
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_captured_prefill_answers_like_eager(name, random_llava, prompts):
+    other = {**prompts[0], "pixel_values": -prompts[0]["pixel_values"]}
+    with cm.build_method(name, **PARAMETERS.get(name, {}))(random_llava) as trace, torch.inference_mode():
+        plain = [generate(random_llava, inputs, 6) for inputs in (prompts[0], other, prompts[1])]
+        expected = trace.drain()
+        session = random_llava._corematching
+        session.capture = pretend_to_capture
+        for inputs, answer in zip((prompts[0], other, prompts[1]), plain, strict=True):
+            cache, token = prefill(random_llava, inputs, "compiled")
+            session.capture = None  # the decode step is tested above
+            decoder = decoder_of(random_llava, inputs, cache, token, 5, "compiled")
+            session.capture = pretend_to_capture
+            assert torch.equal(torch.cat([token, *(decoder.step().clone() for _ in range(5))], 1), answer)
+        for sample, own in zip(trace.drain(), expected, strict=True):
+            assert sample.kv_lengths == own.kv_lengths
+            assert sample.overhead_flops == own.overhead_flops
+            assert all(map(torch.equal, sample.visual_tokens, own.visual_tokens))
+        captured = session.captured
+    assert (captured is None) == any("kv" in kind for kind in cm.build_method(name).acts_on)
+
+
+def test_a_captured_prompt_survives_the_next_one(random_llava, prompts):
+    """Two prompts of one length prefilled before either decodes: the second replays over the first one's tensors."""
+    inputs = [prompts[0], {**prompts[0], "pixel_values": -prompts[0]["pixel_values"]}]
+    with cm.build_method("corematching", threshold="keep", keep=10)(random_llava) as trace, torch.inference_mode():
+        plain = [generate(random_llava, own, 6) for own in inputs]
+        neurons = [sample.neurons for sample in trace.drain()]
+        session = random_llava._corematching
+        session.capture = pretend_to_capture
+        filled = [prefill(random_llava, own, "compiled") for own in inputs]
+        session.capture = None
+        for own, (cache, token), answer in zip(inputs, filled, plain, strict=True):
+            decoder = decoder_of(random_llava, own, cache, token, 5, "compiled")
+            assert torch.equal(torch.cat([token, *(decoder.step().clone() for _ in range(5))], 1), answer)
+        for sample, own in zip(trace.drain(), neurons, strict=True):
+            assert all(map(torch.equal, sample.neurons, own))
+        assert len(session.captured.runs) == 2
+
+
+def test_batches_and_eager_prompts_are_not_captured(random_llava, prompts):
+    with cm.build_method("fastv", keep=10)(random_llava), torch.inference_mode():
+        session = random_llava._corematching
+        session.capture = pretend_to_capture
+        prefill(random_llava, left_pad([prompts[0], prompts[1]]), "compiled")
+        prefill(random_llava, prompts[0])
+        assert session.captured is None
+        prefill(random_llava, prompts[0], "compiled")
+        assert session.captured is not None
 
 
 GATHERING = """

@@ -95,7 +95,7 @@ def answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int]
     steps = lengths[-1] - 1
     with peak_memory(device) as peak:
         start = clock(device)
-        cache, token = prefill(model, inputs)
+        cache, token = prefill(model, inputs, engine)
         first = clock(device) - start
         reached = {1: first}
         decoder = decoder_of(model, inputs, cache, token, steps, engine) if steps else None

@@ -7,6 +7,7 @@ to capture, but static buffers still save the copy of the whole KV cache that ap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,16 +23,26 @@ if TYPE_CHECKING:
 ENGINES = ("eager", "compiled")
 BLOCK = 64
 """KV buffers are rounded up to a multiple of this, so that prompts of similar length share a captured graph."""
-_WARM_UPS = 2
 
 
-def prefill(model: Any, inputs: dict[str, Tensor]) -> tuple[DynamicCache, Tensor]:
-    """Run a prompt: its KV cache and the first answer token, long [B, 1]."""
+def prefill(model: Any, inputs: dict[str, Tensor], engine: str = "eager") -> tuple[DynamicCache, Tensor]:
+    """Run a prompt: its KV cache and the first answer token, long [B, 1].
+
+    With engine "compiled", on a GPU and inside a method's context, layers run as CUDA graphs where they can
+    (:class:`corematching.engine.captured.CapturedPrefill`).
+    """
+    session: Session | None = getattr(model, "_corematching", None)
     mask = inputs.get("attention_mask")
     if mask is not None and not bool(mask.all()) and "position_ids" not in inputs:
         # As generate() numbers left-padded prompts: padding takes no positions.
         inputs = {**inputs, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
-    out = model(**inputs, use_cache=True, logits_to_keep=1)
+    if session is not None:
+        session.capturing = engine == "compiled"
+    try:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    finally:
+        if session is not None:
+            session.capturing = False
     return out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
 
 
@@ -87,7 +98,7 @@ def generate(
         As :func:`decoder_of`.
     """
     with torch.inference_mode():
-        cache, token = prefill(model, inputs)
+        cache, token = prefill(model, inputs, engine)
         tokens = [token]
         ended = torch.zeros_like(token, dtype=torch.bool) if eos_token_id is None else token == eos_token_id
         if max_new_tokens > 1:
@@ -164,18 +175,21 @@ class StaticDecoder:
         self.kv = StaticKV(keys, values, [self.slots[number] for number in self.group_of])
         self.room = room
         self.left = 0
-        self._graph: Any = None
+        self._replay: Callable[[], Any] | None = None
         self._indices: dict[int, Tensor] = {}
 
     def load(self, state: PromptState, cache: DynamicCache, token: Tensor) -> None:
         """Take over a prefilled prompt of the same signature; captures the step the first time, on a GPU."""
         self.state = state
         self._fill(state, cache, token)
-        if self._graph is not None:
+        if self._replay is not None:
             for layer, index in self._indices.items():
                 index.copy_(state.ffn[layer].index)  # type: ignore[attr-defined]
         elif self._can_capture():
-            self._capture()
+            counted = state.head_positions
+            self._indices = {layer: ffn.index for layer, ffn in state.ffn.items()}  # type: ignore[attr-defined]
+            self._replay, _ = self.session.capture(self._advance)  # type: ignore[misc]
+            state.head_positions = counted
             self._fill(state, cache, token)
 
     def step(self) -> Tensor:
@@ -185,10 +199,10 @@ class StaticDecoder:
         self.left -= 1
         self.state.seen += 1
         self.state.decode_steps += 1
-        if self._graph is None:
+        if self._replay is None:
             self._advance()
         else:
-            self._graph.replay()
+            self._replay()
             self.state.head_positions += 1  # counted by a hook where Python runs
         return self.token
 
@@ -237,22 +251,7 @@ class StaticDecoder:
 
     def _can_capture(self) -> bool:
         # FFNs of a batch whose rows chose differently are built anew per prompt, so only single prompts are captured.
-        return self.token.is_cuda and self.token.shape[0] == 1
-
-    def _capture(self) -> None:
-        counted = self.state.head_positions
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):  # lets libraries and Triton set up outside the capture
-                self._advance()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance()
-        self._graph = graph
-        self._indices = {layer: ffn.index for layer, ffn in self.state.ffn.items()}  # type: ignore[attr-defined]
-        self.state.head_positions = counted
+        return self.session.capture is not None and self.token.shape[0] == 1
 
 
 def signature(state: PromptState, cache: DynamicCache, room: int) -> tuple:

@@ -60,27 +60,37 @@ def _prefill(session, state, hidden, attention_mask, position_ids, cache, use_ca
     state, prompt = session.begin(hidden, attention_mask, position_ids, cache)
     layout, previous = state.prompt, None
     hidden, layout = session.vision_tokens(state, prompt, hidden, layout)
-    for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
-        for stage in session.before[index]:
+    captured = session.captured_prefill() if mask is None and len(hidden) == 1 and cache is not None else None
+    for run in captured.runs if captured else _one_by_one(decoder.config.num_hidden_layers):
+        for stage in session.before[run.start]:
             hidden, layout = _reduce(session, stage, state, prompt, hidden, layout, previous, cache)
         if layout is not (state.layouts[-1] if state.layouts else state.prompt):
             mask = _reduced_mask(decoder.config, hidden, layout)
             position_ids = layout.positions
             rope = decoder.rotary_emb(hidden, position_ids=position_ids)
-        state.enter(layout)
-        entered = hidden
-        hidden = layer(
-            hidden,
-            attention_mask=mask,
-            position_embeddings=rope,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        previous = AttentionSignals(layer, entered, layout, decoder.rotary_emb, state.ledger)
-        _after_layer(session, index, state, prompt, previous, cache)
+        for _ in run:
+            state.enter(layout)
+        if captured:
+            entered, hidden = captured(run, hidden, rope, position_ids, cache)
+        else:
+            entered = hidden
+            hidden = decoder.layers[run.start](
+                hidden,
+                attention_mask=mask,
+                position_embeddings=rope,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        previous = AttentionSignals(decoder.layers[run[-1]], entered, layout, decoder.rotary_emb, state.ledger)
+        for index in run:
+            _after_layer(session, index, state, prompt, previous, cache)
     return hidden
+
+
+def _one_by_one(depth: int) -> list[range]:
+    return [range(index, index + 1) for index in range(depth)]
 
 
 def _reduced_mask(config: Any, hidden: Tensor, layout: Layout) -> Any:

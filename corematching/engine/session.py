@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from corematching.engine import llm
+from corematching.engine.captured import Capture, CapturedPrefill, cuda_graph
 from corematching.engine.ffn import FFNBuilder, is_streamed, neuron_major
 from corematching.engine.guide import Guidance
 from corematching.engine.layout import Layout
@@ -77,6 +78,11 @@ class Session:
         """By KV cache: choices of neurons that wait for the first decode step."""
         self.decoders: dict[Any, Any] = {}
         """Static decoders by the signature of the prompts they serve (see :mod:`corematching.engine.compiled`)."""
+        self.capture: Capture | None = cuda_graph if model.device.type == "cuda" else None
+        """How work is captured; None where there is nothing to gain."""
+        self.capturing = False
+        """Whether the prefill that runs now is to be captured."""
+        self.captured: CapturedPrefill | None = None
         self.active: PromptState | None = None
         """The prompt being decoded right now; None during prefill."""
         self.current: PromptState | None = None
@@ -128,7 +134,7 @@ class Session:
         self.decoders.clear()
         self.activations.clear()
         self.attended.clear()
-        self.tower_run = self.current = self.input_ids = None
+        self.tower_run = self.current = self.input_ids = self.captured = None
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
@@ -223,6 +229,15 @@ class Session:
             self.family.grid(self.model.config),
         )
         return state, prompt
+
+    def captured_prefill(self) -> CapturedPrefill | None:
+        """Captured runs of layers for this prefill, if it is to be captured and can be."""
+        if not self.capturing or self.capture is None or not CapturedPrefill.covers(self):
+            return None
+        if self.captured is None:
+            self.captured = CapturedPrefill(self, self.capture)
+        self.captured.begin()
+        return self.captured
 
     def vision_tokens(
         self, state: PromptState, prompt: Prompt, hidden: Tensor, layout: Layout
