@@ -1,6 +1,6 @@
 """The efficiency targets on a small CPU machine: LLaVA-1.5-7B at real width, a few layers, random weights.
 
-    python scripts/bench_cpu.py                      all targets (about 40 minutes on two idle cores)
+    python scripts/bench_cpu.py                      all targets (over an hour on two idle cores)
     python scripts/bench_cpu.py decode prefill       some of them
     python scripts/bench_cpu.py --layers 2 --repeats 2 --output-tokens 16   a quick look
 
@@ -135,6 +135,16 @@ def total(model: Any, inputs: dict, options: argparse.Namespace) -> None:
     report(f"corematching keep 64, prefill + {tokens} tokens", pair.speedup(tokens), limit, "FLOPs and bytes", 0.90)
 
 
+def short(model: Any, inputs: dict, options: argparse.Namespace) -> None:
+    """Short answers with chosen neurons: what the choice and the gathering cost before they repay themselves."""
+    lengths = [1, 2, 4, 8, 16]
+    for name, parameters in (("core_neurons", {"keep": 0.4}), ("corematching", {"threshold": "keep", "keep": 64})):
+        method = build_method(name, **parameters)
+        pair = in_turns(model, build_method("dense"), method, inputs, lengths, options.repeats, "compiled")
+        times = ", ".join(f"{pair.speedup(length).median:.3f} at {length}" for length in lengths)
+        print(f"  {name}, times dense by answer tokens: {times}", flush=True)
+
+
 def engine(model: Any, inputs: dict, options: argparse.Namespace) -> None:
     """What the engine costs: stock transformers and `dense` attached, eagerly, by turns."""
     steps, ratios = 8, []
@@ -185,7 +195,7 @@ def _without_neurons(sample: Any) -> Any:
     return replace(sample, neurons=[None] * len(sample.neurons))
 
 
-PARTS = {"decode": decode, "prefill": prefills, "total": total, "engine": engine, "tokens": tokens}
+PARTS = {"decode": decode, "prefill": prefills, "total": total, "short": short, "engine": engine, "tokens": tokens}
 
 
 def main() -> None:

@@ -135,15 +135,18 @@ def test_prompts_that_take_turns_do_not_read_each_others_neurons(mlp):
 
 
 @torch.no_grad()
-def test_short_answers_never_gather(mlp, monkeypatch):
+def test_gathering_waits_until_it_repays(mlp, monkeypatch):
     monkeypatch.setattr(ffn, "CACHED_BYTES", 0)
-    build = ffn.FFNBuilder()
-    short = build(mlp, torch.tensor([[1, 2, 3]]))
-    for _ in range(ffn.GATHER_AFTER):
-        short(torch.randn(1, 1, 32))
-    assert short.rows.owner is None
-    short(torch.randn(1, 1, 32))
-    assert short.rows.owner is short
+    build, x = ffn.FFNBuilder(), torch.randn(1, 1, 32)
+    most = build(mlp, torch.arange(36)[None])  # 1.4 x 0.75 / 0.25 = 4.2 steps repay
+    for _ in range(4):
+        most(x)
+        assert most.rows.owner is None
+    most(x)
+    assert most.rows.owner is most
+    few = build(mlp, torch.arange(10)[None])
+    few(x)
+    assert few.rows.owner is few, "0.37 steps: the first one repays it"
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from corematching.methods.base import ChooseNeurons, Method
 from corematching.models.families import family_of
 
 WORKSPACE = 1.0e9
-"""Bytes set aside on a GPU for activations (those of resident FFNs wait for the choice of neurons), the allocator's slack
-and library workspaces."""
+"""Bytes set aside on a GPU for activations (resident FFNs' wait for the choice of neurons), the allocator's slack and
+library workspaces."""
 
 
 def plan(model: Any, method: Method, budget: float, prompt_tokens: int, room: int) -> int:

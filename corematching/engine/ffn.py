@@ -18,15 +18,16 @@ from torch.nn import functional
 
 from corematching import kernels
 
-GATHER_AFTER = 3
-"""Decode steps computed densely before neurons are gathered on a CPU. Gathering costs about as much as two to four
-dense steps save (``corematching.efficiency.breakeven`` measures it), and an answer that has lasted this long is
-expected to last at least as long again."""
+GATHER_COST = 1.4
+"""What gathering costs on a CPU per kept share, in dense steps: a gathered byte is read and written, in random order.
+``corematching.efficiency.breakeven`` measures it; on the machine this was written on, 1.2 to 1.6 for 10 % to 80 %."""
 CACHED_BYTES = 2**23
 """FFNs up to this size sit in a CPU's last-level cache, where gathering costs next to nothing."""
-GATHER_ONCE_SHARE = 0.2
-"""Largest kept share for which gathering for one single step beats the dense FFN: a gathered byte is read, written and
-read again, a dense one is read once, and rows in random order come slower."""
+
+
+def steps_to_repay(share: float) -> float:
+    """Decode steps whose savings pay for gathering a share of an FFN on a CPU."""
+    return GATHER_COST * share / (1 - share) if share < 1 else float("inf")
 
 
 def neuron_major(mlp: Any) -> Callable[[], None]:
@@ -180,23 +181,18 @@ class FFNBuilder:
             return MaskedFFN(mlp, index)
         if is_streamed(mlp):
             return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]), copied=True)
-        patience = self._patience(mlp) if self.gather_after is None else self.gather_after
+        # An answer that has lasted until gathering repays is expected to last at least as long again.
+        repaid = round(steps_to_repay(index.shape[1] / mlp.gate_proj.weight.shape[0])) if _copies(mlp) else 0
+        patience = repaid if self.gather_after is None else self.gather_after
         return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]), patience)
 
     def once(self, mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
         """The FFN of one single step, for methods that choose anew for every token."""
         weight = mlp.gate_proj.weight
-        gathers = not kernels.available(weight.device) and self._patience(mlp) > 0
-        if (
-            is_streamed(mlp)
-            or not _rows_agree(index)
-            or (gathers and index.shape[1] > GATHER_ONCE_SHARE * weight.shape[0])
-        ):
+        too_many = _copies(mlp) and steps_to_repay(index.shape[1] / weight.shape[0]) > 1
+        if is_streamed(mlp) or not _rows_agree(index) or too_many:
             return MaskedFFN(mlp, index)
         return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]))
-
-    def _patience(self, mlp: Any) -> int:
-        return 0 if _cheap_to_gather(mlp) or mlp.gate_proj.weight.device.type != "cpu" else GATHER_AFTER
 
     def _room(self, mlp: Any, count: int) -> Rows | None:
         if kernels.available(mlp.gate_proj.weight.device) and not is_streamed(mlp):
@@ -214,6 +210,11 @@ def is_streamed(mlp: Any) -> bool:
 
 def _rows_agree(index: Tensor) -> bool:
     return index.shape[0] == 1 or bool((index == index[:1]).all())
+
+
+def _copies(mlp: Any) -> bool:
+    """Whether gathering its neurons means copying much."""
+    return mlp.gate_proj.weight.device.type == "cpu" and not _cheap_to_gather(mlp)
 
 
 def _cheap_to_gather(mlp: Any) -> bool:
