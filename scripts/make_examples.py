@@ -1,10 +1,10 @@
-"""Regenerate ``results/examples/``: tables and figures of a sweep with the bundled model on the bundled suite.
+"""Regenerate ``results/examples/``: a sweep with the bundled model on the bundled suite, and times at real width.
 
 Usage: ``python scripts/make_examples.py [settings of run.py, e.g. limit=20]``
 
-Runs what is missing of ``conf/experiment/bundled_sweep.yaml`` (into ``results/bundled_sweep``, not committed; a second
-call takes seconds), then writes its tables and figures, the figures of what the model does inside, and a page that
-shows them.
+Runs what is missing of ``conf/experiment/bundled_sweep.yaml`` and ``efficiency_slice.yaml`` (into ``results/``, not
+committed; a second call takes seconds), then writes their tables and figures, the figures of what the model does
+inside, and a page that shows them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from corematching.results.publish import write_all_figures
 from corematching.results.render import to_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPERIMENT = "bundled_sweep"
+EXPERIMENTS = ("bundled_sweep", "efficiency_slice")
 OUT = ROOT / "results" / "examples"
 
 
@@ -30,11 +30,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="settings of run.py, e.g. limit=20")
     chosen = parser.parse_args()
-    command = [sys.executable, str(ROOT / "run.py"), f"+experiment={EXPERIMENT}", "tracking=none", *chosen.overrides]
-    run = subprocess.run(command, cwd=ROOT, check=False)
-    if run.returncode:
-        return run.returncode
-    aggregation = aggregate([ROOT / "results" / EXPERIMENT])
+    for experiment in EXPERIMENTS:
+        words = [f"+experiment={experiment}", "tracking=none", *chosen.overrides]
+        run = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], cwd=ROOT, check=False)
+        if run.returncode:
+            return run.returncode
+    aggregation = aggregate([ROOT / "results" / experiment for experiment in EXPERIMENTS])
     shutil.rmtree(OUT, ignore_errors=True)
     write_tables(aggregation, OUT / "tables")
     write_all_figures(aggregation, OUT / "figures")
@@ -78,7 +79,7 @@ def write_evidence(folder: Path) -> None:
 
 
 def page(aggregation: Aggregation) -> str:
-    """``README.md``: the main table and the figures."""
+    """``README.md``: the main tables and the figures."""
     (_, group), *_ = contexts(aggregation.cells)
     methods = ", ".join(dict.fromkeys(methods_of(group)["method"]))
     figures = {
@@ -89,15 +90,20 @@ def page(aggregation: Aggregation) -> str:
         "core_tokens": "Visual tokens that stay, for two questions on each of two images.",
         "elbow": "Core neurons that each visual token activates, sorted; the dot is where the elbow rule cuts.",
         "matching": "Neurons activated together with the last token against cosine similarity.",
+        "time_breakdown": "Prefill and decode time (real width, few layers, random weights: see the panels' titles).",
+        "decode_over_neurons": "Decode time against kept neurons, with what the bytes read allow.",
     }
+    accuracy = aggregation.tables[0]
+    times = next(table for table in aggregation.tables if table.name == "hardware")
     present = [name for name in figures if (OUT / "figures" / f"{name}.png").is_file()]
     lines = [
         "# Example results",
         "",
         f"The bundled model on the bundled suite: {methods}. Made by `make examples`; how to read the tables:",
-        "[docs/tables.md](../../docs/tables.md).",
+        "[docs/tables.md](../../docs/tables.md) and [docs/efficiency.md](../../docs/efficiency.md).",
         "",
-        to_markdown(aggregation.tables[0]),
+        to_markdown(accuracy),
+        to_markdown(times),
         "All tables (CSV, Markdown, LaTeX, HTML) and every comparison with dense (`statistics.csv`) are in `tables/`.",
         "",
         *(f"![{name}](figures/{name}.png)\n\n{figures[name]}\n" for name in present),

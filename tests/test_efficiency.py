@@ -218,6 +218,7 @@ def test_the_efficiency_road_stores_rows_and_resumes(tmp_path: Path, capsys):
     records = [json.loads(path.read_text()) for path in (tmp_path / "efficiency" / "cells").glob("*/cell.json")]
     assert len(records) == 2 * 2 * 2, "two methods, two lengths, measured and predicted"
     assert {record["kind"] for record in records} == {"efficiency"}
+    assert {record["labels"]["model"] for record in records} == {"tiny (3 layers)"}
     predicted = [record for record in records if record["bench"]["predicted"]]
     assert {record["bench"]["device"] for record in predicted} == {"NVIDIA Titan Xp"}
     assert len(predicted) == 4

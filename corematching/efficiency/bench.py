@@ -31,7 +31,7 @@ from corematching.efficiency.table import print_rows, run_table
 from corematching.errors import UserError
 from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
-from corematching.evaluation.experiment import Row, method_rows, model_identity
+from corematching.evaluation.experiment import Row, method_rows, model_identity, model_label
 from corematching.evaluation.records import new_record
 from corematching.methods.base import Method
 from corematching.models.families import family_of
@@ -102,7 +102,7 @@ class Bench:
             "regime": regime,
             "hardware": self.machine if device is None else {"predicted_for": device},
         }
-        labels = {"model": self.identity["name"], "method": row.label, "keep": row.keep}
+        labels = {"model": model_label(self.identity), "method": row.label, "keep": row.keep}
         return Cell.of(config, **labels, benchmark="efficiency", data="synthetic")
 
     def cells(self, row: Row) -> list[Cell]:

@@ -172,6 +172,16 @@ def model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
     return identity | ({"num_layers": model["num_layers"]} if model["num_layers"] else {})
 
 
+def model_label(identity: Mapping[str, Any]) -> str:
+    """What tables call a model: its name, and what makes it another than the published one.
+
+    Such as "llava_1_5_7b (4 layers, random weights)".
+    """
+    notes = [f"{identity['num_layers']} layers"] if identity.get("num_layers") else []
+    notes += ["random weights"] if identity["weights"] == "random" else []
+    return f"{identity['name']} ({', '.join(notes)})" if notes else str(identity["name"])
+
+
 def _cell(settings: Mapping[str, Any], model: Mapping[str, Any], row: Row, benchmark: Benchmark, version: str) -> Cell:
     config = {
         "model": model,
@@ -190,7 +200,7 @@ def _cell(settings: Mapping[str, Any], model: Mapping[str, Any], row: Row, bench
     }
     return Cell.of(
         config,
-        model=model["name"],
+        model=model_label(model),
         method=row.label,
         keep=row.keep,
         benchmark=benchmark.name,
