@@ -59,7 +59,13 @@ TOKEN_METHODS: dict[str, dict[str, Any]] = {
 
 def decode(model: Any, inputs: dict, options: argparse.Namespace) -> None:
     """One prompt, dense and sliced decode steps by turns on the same KV cache."""
-    steps = 2 * options.output_tokens
+    steps, stock, stored = 2 * options.output_tokens, [], []
+    with build_method("dense")(model), torch.inference_mode():
+        static = decoder_of(model, inputs, *prefill(model, inputs), options.output_tokens, "compiled")
+        for _ in range(options.output_tokens):
+            start = clock(model.device)
+            static.step()
+            stock.append(clock(model.device) - start)
     with build_method("core_neurons", keep=0.4)(model) as trace, torch.inference_mode():
         cache, token = prefill(model, inputs)
         session = model._corematching
@@ -77,6 +83,7 @@ def decode(model: Any, inputs: dict, options: argparse.Namespace) -> None:
                 times[name] = clock(model.device) - start
             ratios.append(times["dense"] / times["sliced"])
             rates.append(times["sliced"])
+            stored.append(times["dense"])
         state.ffn = sliced
         (sample,) = trace.drain()
     element = model.dtype.itemsize
@@ -84,6 +91,8 @@ def decode(model: Any, inputs: dict, options: argparse.Namespace) -> None:
     whole = decode_bytes(model.config, _without_neurons(sample), element, steps)
     report("decode, core_neurons keep 0.4", Spread.of(ratios), whole / read, "bytes", 0.92)
     print(f"    sliced step {1e3 * median(rates):.1f} ms, {read / median(rates) / 1e9:.1f} GB/s of weights and KV")
+    layout = median(stored) / median(stock)
+    print(f"    dense step with down weights stored neuron by neuron over dense as loaded: {layout:.3f}", flush=True)
 
 
 def prefills(model: Any, inputs: dict, options: argparse.Namespace) -> None:
@@ -100,7 +109,8 @@ def prefills(model: Any, inputs: dict, options: argparse.Namespace) -> None:
 
 def overhead(model: Any, inputs: dict, method: Any, dense_prefill: float) -> None:
     """Decisions of a method over the dense prefill, both extrapolated to the full depth (labelled so)."""
-    decisions = [median(column) for column in zip(*decision_seconds(model, method, inputs, 2), strict=True)]
+    runs = decision_seconds(model, method, inputs, 2)
+    decisions = [median(column) for column in zip(*(run.prefill + run.decoding for run in runs), strict=True)]
     depth = model.config.text_config.num_hidden_layers
     more = FULL_DEPTH - depth
     with torch.inference_mode():
@@ -120,7 +130,7 @@ def total(model: Any, inputs: dict, options: argparse.Namespace) -> None:
     """CoreMatching, prefill and answer, against what FLOPs (prefill) and bytes (decode) allow; gathering included."""
     tokens = options.output_tokens
     method = build_method("corematching", threshold="keep", keep=64)
-    pair = in_turns(model, build_method("dense"), method, inputs, [1, tokens], max(1, options.repeats // 2), "compiled")
+    pair = in_turns(model, build_method("dense"), method, inputs, [1, tokens], options.repeats, "compiled")
     dense, ours = pair.dense[0].trace, pair.method[0].trace
     work = flops(model.config, dense), flops(model.config, ours)
     per_prefill = [cost.vision + cost.projector + cost.prefill for cost in work]
@@ -178,7 +188,8 @@ def tokens(model: Any, inputs: dict, options: argparse.Namespace) -> None:
         pair = in_turns(model, build_method("dense"), method, inputs, [1, 8], max(1, options.repeats // 2), "compiled")
         left = len(pair.method[0].trace.visual_tokens[-1])
         one, eight = pair.speedup(1), pair.speedup(8)
-        print(f"  {name}, {left} left: {one.median:.2f} x dense at 1 token, {eight.median:.2f} at 8", flush=True)
+        times = f"{one.median:.2f} x dense at 1 token, {eight.median:.2f} at 8"
+        print(f"  {name}, {left} left: {times} ({len(pair.method)} pairs)", flush=True)
 
 
 def report(what: str, speedup: Spread, limit: float, kind: str, target: float) -> None:

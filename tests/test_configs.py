@@ -20,9 +20,15 @@ GEOMETRIES = {
     "tiny": Geometry(depth=12, ffn_width=512, heads=6, image_tokens=576, vision_depth=6),
     "llava_1_5_7b": Geometry(depth=32, ffn_width=11008, heads=32, image_tokens=576, vision_depth=24),
 }
-EXPERIMENTS = [
-    name for name in groups.choices("experiment") if "runner" not in groups.load("experiment", name)
-]  # experiments with a runner of their own plan in their own way
+
+
+def has_own_runner(name):
+    """Experiments with a runner of their own, or of the experiment they build on, plan in their own way."""
+    file, others = groups.load("experiment", name), groups.choices("experiment")
+    return "runner" in file or any(has_own_runner(base) for base in file.get("defaults", []) if base in others)
+
+
+EXPERIMENTS = [name for name in groups.choices("experiment") if not has_own_runner(name)]
 
 
 def composed(*words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -19,7 +20,7 @@ from corematching.efficiency.hardware import load_hardware
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, fixed_inputs, in_turns
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks
-from corematching.efficiency.roofline import Hardware, Sizes, decode_bytes, predict
+from corematching.efficiency.roofline import Hardware, Sizes, at_depth, decode_bytes, predict
 from corematching.efficiency.rows import Protocol, measure, predicted_row
 from corematching.engine.compiled import generate
 from corematching.registry import group_names
@@ -132,7 +133,7 @@ def test_runs_alternate_and_share_one_prompt(random_llava):
 
 def test_ratios_are_taken_pair_by_pair(random_llava):
     sample, _ = traced(random_llava, "dense")
-    runs = [Run(seconds, {1: seconds, 3: 2 * seconds}, sample, 1) for seconds in (1.0, 10.0, 2.0, 30.0)]
+    runs = [Run(seconds, {1: seconds, 3: 2 * seconds}, sample, 1, "eager") for seconds in (1.0, 10.0, 2.0, 30.0)]
     pair = Pair(dense=[runs[0], runs[1]], method=[runs[2], runs[3]])
     assert pair.speedup(3) == Spread.of([1 / 2, 10 / 30])
     assert runs[0].decode_per_token(3) == 0.5
@@ -156,9 +157,14 @@ def test_rows_hold_what_the_tables_need(random_llava):
     assert three["kv_bytes"] == measured.trace.kv_bytes < measured.trace.dense_kv_bytes
 
 
-def test_decisions_are_timed_one_by_one(random_llava):
+def test_decisions_are_timed_one_by_one(random_llava, predictor_file):
     seconds = decision_seconds(random_llava, cm.build_method("corematching"), fixed_inputs(random_llava), repeats=2)
-    assert [len(one) for one in seconds] == [7, 7], "six layers choose neurons, one drops tokens"
+    assert [(len(one.prefill), len(one.decoding)) for one in seconds] == [(1, 6), (1, 6)], (
+        "one layer drops tokens; six choose neurons, when decoding starts"
+    )
+    with_predictor = cm.build_method("dejavu", keep=0.3, predictor=predictor_file)
+    (one,) = decision_seconds(random_llava, with_predictor, fixed_inputs(random_llava), repeats=1)
+    assert (len(one.prefill), len(one.decoding)) == (0, 6), "six layers predict for the token"
 
 
 def test_break_even_leaves_the_ffn_as_it_was(random_llava):
@@ -180,10 +186,17 @@ def test_memory_limited_rows_count_what_was_streamed(random_llava):
     assert plan(random_llava, dense, budget, length, 3) == 3
     assert plan(random_llava, ours, budget, length, 3) == 1
     protocol = Protocol(output_tokens=(1, 3), repeats=1)
-    streamed = {
-        method.name: measure_offloaded(random_llava, method, inputs, protocol, PEAKS, budget).streamed_bytes
+    found = {
+        method.name: measure_offloaded(random_llava, method, inputs, protocol, PEAKS, budget)
         for method in (dense, ours)
     }
+    streamed = {name: measured.streamed_bytes for name, measured in found.items()}
+    one, three = (found["core_neurons"].rows[length] for length in (1, 3))
+    assert (three["engine"], three["dense_engine"]) == ("compiled", "eager")
+    assert three["regime"].startswith("offloaded")
+    assert "streamed_bytes" not in one
+    roomy = measure_offloaded(random_llava, ours, inputs, protocol, PEAKS, 1e9)
+    assert roomy.rows[3]["regime"] == "resident within 1 GB"
     # Dense: three FFNs in each of three passes, less what a staging buffer happens to hold already.
     assert streamed["dense"] == pytest.approx(9 * ffn_bytes(random_llava), abs=ffn_bytes(random_llava))
     assert streamed["core_neurons"] == 5 * ffn_bytes(random_llava)
@@ -218,14 +231,37 @@ def test_the_efficiency_road_stores_rows_and_resumes(tmp_path: Path, capsys):
     records = [json.loads(path.read_text()) for path in (tmp_path / "efficiency" / "cells").glob("*/cell.json")]
     assert len(records) == 2 * 2 * 2, "two methods, two lengths, measured and predicted"
     assert {record["kind"] for record in records} == {"efficiency"}
-    assert {record["labels"]["model"] for record in records} == {"tiny (3 layers)"}
     predicted = [record for record in records if record["bench"]["predicted"]]
+    assert {record["labels"]["model"] for record in predicted} == {"tiny"}
+    assert {record["bench"]["from_layers"] for record in predicted} == {3}
+    assert {len(record["trace"]["visual_tokens_by_layer"]) for record in predicted} == {12}
+    measured = [record for record in records if not record["bench"]["predicted"]]
+    assert {record["labels"]["model"] for record in measured} == {"tiny (3 layers)"}
     assert {record["bench"]["device"] for record in predicted} == {"NVIDIA Titan Xp"}
     assert len(predicted) == 4
     assert main(words) == 0
     again = capsys.readouterr().out
     assert "0 to measure" in again
-    assert "predicted" in (tmp_path / "efficiency" / "table.md").read_text()
+    assert "predicted from 3 layers" in (tmp_path / "efficiency" / "table.md").read_text()
+    assert main([*words, "hardware.bandwidth=1e9"]) == 0
+    assert "2 to measure" in capsys.readouterr().out, "a card with other figures is another prediction"
+
+
+def test_a_slice_predicts_what_the_whole_model_would(random_llava):
+    whole, _ = traced(random_llava, "corematching", layer=2, threshold="keep", keep=10)
+    part = replace(
+        whole,
+        **{name: getattr(whole, name)[:4] for name in ("visual_tokens", "llm_tokens", "kv_lengths", "neurons")},
+        kv_bytes=sum(whole.kv_lengths[:4]) * whole.kv_bytes // sum(whole.kv_lengths),
+        dense_kv_bytes=whole.dense_kv_bytes * 4 // 6,
+        overhead_flops=whole.overhead_flops * 4 / 6,
+    )
+    config = copy.deepcopy(random_llava.config)
+    config.text_config.num_hidden_layers = 4
+    config, guess = at_depth(config, part, 6)
+    assert (guess.kv_bytes, guess.dense_kv_bytes) == (whole.kv_bytes, whole.dense_kv_bytes)
+    assert cm.flops(config, guess) == cm.flops(random_llava.config, whole)
+    assert at_depth(config, guess, 6) == (config, guess)
 
 
 def test_a_row_another_process_measures_is_left_to_it(tmp_path: Path, capsys):
@@ -257,6 +293,7 @@ def test_figures_draw_speedups_and_the_byte_limit(tmp_path: Path):
     from corematching.results.efficiency_figures import decode_over_neurons, speedup_over_keep, write_efficiency_figures
 
     setting = {"model": "m", "device": "d", "regime": "resident", "output_tokens": 32, "predicted": False}
+    setting |= {"dense_engine": "compiled", "from_layers": float("nan")}
     rows = [
         {"method": "dense", "keep": None, "decode_ms_per_token": 10.0, "decode_gb_per_s": 4.0, "speedup": 1.0},
         {"method": "fastv", "keep": 64, "decode_ms_per_token": 9.0, "decode_gb_per_s": 4.0, "speedup": 1.4},

@@ -13,7 +13,7 @@ from conftest import IMAGE_TOKENS, left_pad
 from torch.utils._pytree import tree_leaves
 
 import corematching as cm
-from corematching.engine import ffn
+from corematching.engine import compiled, ffn
 from corematching.engine.compiled import decoder_of, generate, prefill
 from corematching.registry import group_names
 
@@ -37,7 +37,7 @@ PARAMETERS = {
     "streaming_llm": {"keep": 0.3},
     "snapkv": {"keep": 40},
 }
-# These need files beside the model: a CLIP text tower, trained predictors, a second model.
+# These need files beside the model: a CLIP text tower, trained predictors (tested apart), a second model.
 NEEDS_FILES = {"cdpruner", "dejavu", "powerinfer", "sgl"}
 METHODS = [name for name in group_names("method") if name not in NEEDS_FILES]
 
@@ -56,6 +56,79 @@ def test_static_decoding_answers_like_eager(name, random_llava, prompts):
             for runs in by_run:
                 assert {run.decode_steps for run in runs} == {5}
                 assert {run.head_positions for run in runs} == {6}
+
+
+@pytest.mark.parametrize("name", ["dejavu", "powerinfer"])
+def test_neurons_chosen_for_every_token_are_not_captured(name, random_llava, predictor_file, prompts):
+    """What Python chooses and books in each step would be lost in a replay."""
+    with cm.build_method(name, keep=0.3, predictor=predictor_file)(random_llava) as trace, torch.inference_mode():
+        eager = generate(random_llava, prompts[0], 6)
+        random_llava._corematching.capture = pretend_to_capture
+        for _ in range(2):
+            assert torch.equal(generate(random_llava, prompts[0], 6, "compiled"), eager)
+        first, *others = trace.drain()
+    for sample in others:
+        assert sample.overhead_flops == first.overhead_flops > 0
+        assert all(map(torch.equal, sample.neurons, first.neurons))
+        assert sample.predictor_weights == first.predictor_weights > 0
+
+
+def test_captured_steps_decode_with_each_prompts_own_neurons(random_llava, prompts, monkeypatch):
+    def capture(step):
+        if not isinstance(step.__self__, compiled.StaticDecoder):
+            return pretend_to_capture(step)  # prefill
+        decoder, first = step.__self__, step.__self__.state
+
+        def replay():
+            now, decoder.state = decoder.state, first  # a graph knows the tensors of the prompt it was captured with
+            step()
+            decoder.state = now
+
+        return replay, None
+
+    monkeypatch.setattr(ffn.SlicedFFN, "capturable", True)
+    other = {**prompts[0], "pixel_values": -prompts[0]["pixel_values"]}
+    with cm.build_method("core_neurons", keep=0.3)(random_llava) as trace, torch.inference_mode():
+        session = random_llava._corematching
+        # As with the kernel: what is replayed reads the rows that the captured list of neurons names.
+        session.build_ffn = lambda mlp, index: ffn.SlicedFFN(mlp, index[0])
+        monkeypatch.setattr(ffn.SlicedFFN, "_gathered", regather)
+        plain = [generate(random_llava, inputs, 6) for inputs in (prompts[0], other)]
+        expected = trace.drain()
+        session.capture = capture
+        answers = [generate(random_llava, inputs, 6, "compiled") for inputs in (prompts[0], other)]
+        assert len(session.decoders) == 1
+        assert all(map(torch.equal, answers, plain))
+        for sample, own in zip(trace.samples, expected, strict=True):
+            assert all(map(torch.equal, sample.neurons, own.neurons))
+
+
+def regather(self):
+    """Rows of the neurons listed now, kept nowhere, as the kernel reads them."""
+    self._gather()
+    rows, self.rows = self.rows, None
+    return rows
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_capturing_finds_room_for_its_warm_ups(length, random_llava, prompts):
+    """Prompts that fill their KV buffers to the last row, and answers shorter than the warm-ups."""
+
+    def capture(work):
+        for _ in range(compiled.WARM_UPS):
+            work()
+        return work, None
+
+    text = -(prompts[0]["input_ids"].shape[1] + length - 1) % compiled.BLOCK
+    ids = torch.cat([prompts[0]["input_ids"], torch.arange(3, 3 + text)[None]], 1)
+    inputs = {**prompts[0], "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with cm.build_method("dense")(random_llava), torch.inference_mode():
+        eager = generate(random_llava, inputs, length)
+        cache, token = prefill(random_llava, inputs)
+        random_llava._corematching.capture = capture
+        decoder = decoder_of(random_llava, inputs, cache, token, length - 1, "compiled")
+        steps = [decoder.step().clone() for _ in range(length - 1)]
+        assert torch.equal(torch.cat([token, *steps], 1), eager)
 
 
 def test_static_buffers_are_sized_after_pruning(random_llava, prompts):
@@ -120,7 +193,7 @@ def test_lazily_gathered_neurons_give_the_same_numbers_at_every_step(mlp):
     for step in range(4):
         assert torch.allclose(lazy(x), reference(mlp, index, x), atol=1e-6)
         assert lazy.masked_steps == min(step + 1, 2)
-    assert lazy.rows.owner is lazy
+    assert lazy.rows.owner is lazy.key
 
 
 @torch.no_grad()
@@ -143,10 +216,15 @@ def test_gathering_waits_until_it_repays(mlp, monkeypatch):
         most(x)
         assert most.rows.owner is None
     most(x)
-    assert most.rows.owner is most
+    assert most.rows.owner is most.key
+    soon_over = build(mlp, torch.arange(29)[None])  # two steps repay
+    soon_over.most_steps = 3
+    for _ in range(3):
+        soon_over(x)
+        assert soon_over.rows.owner is not soon_over.key, "after two steps, one is left"
     few = build(mlp, torch.arange(10)[None])
     few(x)
-    assert few.rows.owner is few, "0.37 steps: the first one repays it"
+    assert few.rows.owner is few.key, "0.37 steps: the first one repays it"
 
 
 @torch.no_grad()
@@ -177,7 +255,8 @@ def pretend_to_capture(work):
 
     def replay():
         for place, result in zip(tree_leaves(places), tree_leaves(work()), strict=True):
-            place.copy_(result)
+            if place is not None:
+                place.copy_(result)
 
     return replay, places
 
@@ -191,12 +270,13 @@ def test_captured_prefill_answers_like_eager(name, random_llava, prompts):
         session = random_llava._corematching
         session.capture = pretend_to_capture
         for inputs, answer in zip((prompts[0], other, prompts[1]), plain, strict=True):
+            prefill(random_llava, inputs, "compiled")  # capturing is for lengths met before
             cache, token = prefill(random_llava, inputs, "compiled")
             session.capture = None  # the decode step is tested above
             decoder = decoder_of(random_llava, inputs, cache, token, 5, "compiled")
             session.capture = pretend_to_capture
             assert torch.equal(torch.cat([token, *(decoder.step().clone() for _ in range(5))], 1), answer)
-        for sample, own in zip(trace.drain(), expected, strict=True):
+        for sample, own in zip(trace.drain()[1::2], expected, strict=True):
             assert sample.kv_lengths == own.kv_lengths
             assert sample.overhead_flops == own.overhead_flops
             assert all(map(torch.equal, sample.visual_tokens, own.visual_tokens))
@@ -212,6 +292,8 @@ def test_a_captured_prompt_survives_the_next_one(random_llava, prompts):
         neurons = [sample.neurons for sample in trace.drain()]
         session = random_llava._corematching
         session.capture = pretend_to_capture
+        prefill(random_llava, prompts[0], "compiled")  # capturing is for lengths met before
+        trace.drain()
         filled = [prefill(random_llava, own, "compiled") for own in inputs]
         session.capture = None
         for own, (cache, token), answer in zip(inputs, filled, plain, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from corematching.efficiency.latency import fixed_inputs
 from corematching.efficiency.memory import keep_freed_memory
 from corematching.efficiency.offloaded import measure_offloaded
 from corematching.efficiency.peaks import measure_peaks
-from corematching.efficiency.roofline import Hardware
+from corematching.efficiency.roofline import Hardware, at_depth
 from corematching.efficiency.rows import Measured, Protocol, measure, predicted_row
 from corematching.efficiency.table import print_rows, run_table
+from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
 from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
@@ -83,26 +84,28 @@ class Bench:
         self.identity = model_identity(settings["model"])
         name = settings["hardware"]["name"]
         self.elsewhere: Hardware | None = None if name == THIS else Hardware(**settings["hardware"])
+        self.on_gpu = torch.cuda.is_available() and not str(settings["model"]["device"]).startswith("cpu")
         self.machine = provenance.hardware() | {"threads": torch.get_num_threads()}
         self.store = Store(Path(settings["results_dir"]).expanduser() / settings["experiment"])
         self.failed = 0
 
     # ------------------------------------------------------------------------------------------------------- cells
-    def cell(self, row: Row, tokens: int, regime: str = "resident", device: str | None = None) -> Cell:
-        """The cell of a method's row; ``device`` names the hardware of a prediction."""
+    def cell(self, row: Row, tokens: int, regime: str = "resident", predicted: bool = False) -> Cell:
+        """The cell of a method's row; a prediction is for the whole model on the hardware asked for."""
         protocol = self.protocol
+        model = {k: v for k, v in self.identity.items() if k != "num_layers"} if predicted else self.identity
         config = {
             "kind": "efficiency",
-            "model": self.identity,
+            "model": model,
             "method": {"name": row.method, **row.parameters},
             "benchmark": {"name": "efficiency", "data": "synthetic", "version": "1", "limit": None},
             "prompt": f"{protocol.before} + image + {protocol.after} tokens",
             "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats},
             "seed": self.settings["seed"],
             "regime": regime,
-            "hardware": self.machine if device is None else {"predicted_for": device},
+            "hardware": self._prediction_of() if predicted else self.machine,
         }
-        labels = {"model": model_label(self.identity), "method": row.label, "keep": row.keep}
+        labels = {"model": model_label(model), "method": row.label, "keep": row.keep}
         return Cell.of(config, **labels, benchmark="efficiency", data="synthetic")
 
     def cells(self, row: Row) -> list[Cell]:
@@ -110,14 +113,19 @@ class Bench:
         lengths = self.protocol.output_tokens
         cells = [self.cell(row, tokens) for tokens in lengths]
         if self.elsewhere is not None:
-            cells += [self.cell(row, tokens, "predicted", self.elsewhere.name) for tokens in lengths]
-            if torch.cuda.is_available():
+            cells += [self.cell(row, tokens, "predicted", predicted=True) for tokens in lengths]
+            if self.on_gpu:
                 cells += [self.cell(row, tokens, self._limited()) for tokens in lengths]
         return cells
 
     def is_done(self, row: Row) -> bool:
         records = [self.store.read(cell.id) for cell in self.cells(row)]
         return all(record is not None and record["status"] == "done" for record in records)
+
+    def _prediction_of(self) -> dict[str, Any]:
+        """What a prediction rests on: the card's figures, and the layers that were traced."""
+        assert self.elsewhere is not None
+        return {"predicted_for": asdict(self.elsewhere), "traced_layers": self.identity.get("num_layers")}
 
     def _limited(self) -> str:
         assert self.elsewhere is not None
@@ -151,8 +159,8 @@ class Bench:
             f"read {self.peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {self.peaks.flops / 1e12:.3g} TFLOP/s"
         )
         depth = geometry.depth
-        if depth < (full := _full_depth(chosen, depth)):
-            print(f"  {depth} of {full} decoder layers: times are of the slice, nothing is extrapolated in the table")
+        if depth < (chosen["layers"] or depth):
+            print(f"  {depth} of {chosen['layers']} decoder layers: measured times are of the slice")
         decoder: Any = family_of(self.model.config).decoder(self.model)
         mlp = decoder.layers[0].mlp
         if (found := measure_break_even(mlp, 0.4)) is not None:
@@ -166,7 +174,7 @@ class Bench:
             resident = measure(self.model, self.dense, method, self.inputs, protocol, self.peaks)
             self._write(row, resident, started)
             if self.elsewhere is not None:
-                if self.model.device.type == "cuda":
+                if self.on_gpu:
                     limited = measure_offloaded(
                         self.model, method, self.inputs, protocol, self.peaks, self.elsewhere.memory
                     )
@@ -189,7 +197,7 @@ class Bench:
             if regime == "resident":
                 guess = predicted_row(self.model.config, measured.trace, tokens, self.here, self.dtype)
                 bench["predicted_over_measured"] = guess["end_to_end_ms"] / bench["end_to_end_ms"]
-            result = self._result(bench | {"regime": regime}, measured, tokens)
+            result = self._result(bench, measured.trace, tokens)
             self._store(self.cell(row, tokens, regime), started, result)
 
     def _write_predictions(self, row: Row, measured: Measured, started: datetime) -> None:
@@ -197,18 +205,23 @@ class Bench:
         # Pascal and Turing have no bfloat16: their rows are predicted at the half precision they do have.
         known = self.elsewhere.flops
         dtype = self.dtype if self.dtype in known else "float16"
+        config, trace = at_depth(self.model.config, measured.trace, self.settings["model"]["layers"] or 0)
         for tokens in self.protocol.output_tokens:
-            bench = predicted_row(self.model.config, measured.trace, tokens, self.elsewhere, dtype)
-            cell = self.cell(row, tokens, "predicted", self.elsewhere.name)
-            self._store(cell, started, self._result(bench | {"dtype": dtype}, measured, tokens))
+            bench = predicted_row(config, trace, tokens, self.elsewhere, dtype) | {"dtype": dtype}
+            if config is not self.model.config:
+                bench["from_layers"] = len(measured.trace.llm_tokens)
+            cell = self.cell(row, tokens, "predicted", predicted=True)
+            self._store(cell, started, self._result(bench, trace, tokens, config))
 
-    def _result(self, bench: dict[str, Any], measured: Measured, tokens: int) -> dict[str, Any]:
+    def _result(
+        self, bench: dict[str, Any], trace: SampleTrace, tokens: int, config: Any | None = None
+    ) -> dict[str, Any]:
         """What a finished row adds to its record."""
         from corematching.evaluation.generator import Answer
         from corematching.evaluation.trace_summary import summarise
 
-        sample = replace(measured.trace, decode_steps=tokens - 1, head_positions=tokens)
-        summary = summarise([Answer("", tokens, sample)], self.model.config)
+        sample = replace(trace, decode_steps=tokens - 1, head_positions=tokens)
+        summary = summarise([Answer("", tokens, sample)], config or self.model.config)
         return {"status": "done", "bench": bench, "trace": summary}
 
     def _store(self, cell: Cell, started: datetime, result: dict[str, Any]) -> None:
@@ -247,8 +260,3 @@ def _method(row: Row) -> Method:
         return method
     second = dict(second)
     return compose(method, build_method(second.pop("name"), **second))
-
-
-def _full_depth(model: Mapping[str, Any], depth: int) -> int:
-    architecture = model.get("architecture") or {}
-    return (architecture.get("text_config") or {}).get("num_hidden_layers", depth)

@@ -35,4 +35,4 @@ def this_machine(peaks: Peaks, dtype: torch.dtype, device: torch.device) -> Hard
     """The machine at hand, from its measured peaks; its memory is taken as sufficient."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     rate = {str(dtype).removeprefix("torch."): peaks.flops}
-    return Hardware(name, rate, peaks.bandwidth, float("inf"), peaks.copy_bandwidth, measured=True)
+    return Hardware(name, rate, peaks.bandwidth, float("inf"), peaks.copy_bandwidth)

@@ -17,6 +17,9 @@ from corematching.engine.trace import SampleTrace
 from corematching.methods.base import Geometry, Method, Stage
 from corematching.models.families import family_of
 
+CAPTURE_WARM_UPS = 2
+"""Answers after which everything that can be captured is: prefill is when a prompt's length comes again."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -32,6 +35,10 @@ class Spread:
         low, _, high = quantiles(values, n=4, method="inclusive")
         return cls(median(values), high - low)
 
+    def __add__(self, other: Spread) -> Spread:
+        """Of sums of independent parts, roughly."""
+        return Spread(self.median + other.median, (self.iqr**2 + other.iqr**2) ** 0.5)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -44,6 +51,7 @@ class Run:
     trace: SampleTrace
     peak_bytes: int
     """Highest memory use during the run: allocated on a GPU, resident set of the process on a CPU."""
+    engine: str
 
     def decode_per_token(self, tokens: int) -> float | None:
         """Mean seconds per decode step of the first ``tokens`` tokens; None for one token, which needs no step."""
@@ -82,14 +90,6 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed_answer(
-    model: Any, method: Method, inputs: dict[str, Tensor], output_tokens: Sequence[int], engine: str
-) -> Run:
-    """Answer once with a forced length and note the time at each of ``output_tokens``."""
-    with method(model) as trace, torch.inference_mode():
-        return answer(model, trace, inputs, sorted(output_tokens), engine)
-
-
 def answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int], engine: str) -> Run:
     device = model.device
     steps = lengths[-1] - 1
@@ -107,7 +107,7 @@ def answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int]
             if step + 1 in lengths:
                 reached[step + 1] = clock(device) - start
     (sample,) = trace.drain()
-    return Run(first, {length: reached[length] for length in lengths}, sample, peak.bytes)
+    return Run(first, {length: reached[length] for length in lengths}, sample, peak.bytes, engine)
 
 
 @dataclass
@@ -138,13 +138,12 @@ def in_turns(
     output_tokens: Sequence[int],
     repeats: int,
     engine: str,
-    warm_ups: int = 1,
 ) -> Pair:
     """Time a method against dense: one of each per repeat, who goes first alternating.
 
-    Warm-up answers are discarded. On a GPU every turn has its own, because installing a method anew means capturing its
-    prefill and decode step anew. On a CPU the first turn of each has; later ones answer a few words without an image,
-    which touches the memory that gathered neurons lie in.
+    Warm-up answers are discarded. On a GPU every turn has its own two, because installing a method anew means capturing
+    its prefill and decode step anew. On a CPU the first turn of each has one; later ones answer a few words without an
+    image, which touches the memory that gathered neurons lie in.
     """
     pair = Pair()
     lengths = sorted(output_tokens)
@@ -153,10 +152,9 @@ def in_turns(
         order = [(dense, pair.dense), (method, pair.method)]
         for subject, runs in order if repeat % 2 == 0 else order[::-1]:
             with subject(model) as trace, torch.inference_mode():
-                for _ in range(warm_ups if repeat == 0 or model.device.type == "cuda" else 0):
-                    answer(model, trace, inputs, lengths, engine)
-                if repeat > 0 and model.device.type != "cuda":
-                    answer(model, trace, words, [1, 8], engine)
+                on_gpu = model.device.type == "cuda"
+                for prompt in [inputs] * CAPTURE_WARM_UPS if on_gpu else [words if repeat else inputs]:
+                    answer(model, trace, prompt, lengths if prompt is inputs else [1, 8], engine)
                 runs.append(answer(model, trace, inputs, lengths, engine))
     return pair
 
@@ -192,19 +190,28 @@ class _Stopwatch(Method):
         return replace(stage, **{name: timed})
 
 
-def decision_seconds(model: Any, method: Method, inputs: dict[str, Tensor], repeats: int = 3) -> list[list[float]]:
-    """Seconds of every decision a method takes for one prompt, per repeat; a warm-up is discarded.
+@dataclass(frozen=True)
+class Decisions:
+    """Seconds of every decision a method takes for one prompt, in order."""
 
-    This is the method's overhead: signals it asks for, scores, selection; neurons, which are chosen when decoding
-    starts, included. Signals that the model computes anyway (hidden states, FFN activations, keys) cost nothing extra
-    and are not in it.
+    prefill: list[float]
+    decoding: list[float]
+    """Choices of neurons: those made when decoding starts, or those of one token if every token has its own."""
+
+
+def decision_seconds(model: Any, method: Method, inputs: dict[str, Tensor], repeats: int = 3) -> list[Decisions]:
+    """Time what a method decides for one prompt and its first decoded token, per repeat; a warm-up is discarded.
+
+    This is the method's overhead: signals it asks for, scores, selection. Signals that the model computes anyway
+    (hidden states, FFN activations, keys) cost nothing extra and are not in it.
     """
     watch = _Stopwatch(method, model.device)
     collected = []
     with watch(model), torch.inference_mode():
         for _ in range(repeats + 1):
             watch.seconds.clear()
-            cache, _ = prefill(model, inputs)
-            model._corematching.choose_neurons(cache)
-            collected.append(list(watch.seconds))
+            cache, token = prefill(model, inputs)
+            before = len(watch.seconds)
+            decoder_of(model, inputs, cache, token, 1, "eager").step()
+            collected.append(Decisions(watch.seconds[:before], watch.seconds[before:]))
     return collected[1:]

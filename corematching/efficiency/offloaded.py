@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corematching import build_method
-from corematching.efficiency.latency import Pair, Run, Spread, answer
+from corematching.efficiency.latency import CAPTURE_WARM_UPS, Pair, Run, Spread, answer
 from corematching.efficiency.peaks import Peaks
 from corematching.efficiency.roofline import Sizes
 from corematching.efficiency.rows import Measured, Protocol, row_of
@@ -64,8 +64,8 @@ def _share(method: Method, geometry: Any) -> float:
         return 0.0
     parameters = method.parameters
     parts = [parameters, parameters.get("first", {}), parameters.get("second", {})]
-    shares = [part[name] for part in parts for name in ("beta", "keep") if isinstance(part.get(name), float)]
-    return max(shares, default=1.0)
+    shares = [part.get("beta", part.get("keep")) for part in parts]
+    return max((share for share in shares if isinstance(share, float)), default=1.0)
 
 
 def measure_offloaded(
@@ -73,8 +73,8 @@ def measure_offloaded(
 ) -> Measured:
     """Time a method and dense under a device memory budget, in turns.
 
-    Each gets the split that suits it best. Dense decodes eagerly, since a captured step cannot fetch weights; a method
-    that keeps its neurons uses the protocol's engine.
+    Each gets the split that suits it best. Whoever streams in decode does so eagerly, since a captured step cannot
+    fetch weights; a method that keeps its neurons uses the protocol's engine. Rows say which engine each side used.
 
     Parameters
     ----------
@@ -85,8 +85,9 @@ def measure_offloaded(
     lengths = sorted(protocol.output_tokens)
     prompt = inputs["input_ids"].shape[1]
     pair, streamed = Pair(), 0
-    for _ in range(protocol.repeats):
-        for subject, runs in ((dense, pair.dense), (method, pair.method)):
+    for repeat in range(protocol.repeats):
+        order = [(dense, pair.dense), (method, pair.method)]
+        for subject, runs in order if repeat % 2 == 0 else order[::-1]:
             resident = plan(model, subject, budget, prompt, lengths[-1])
             keeps = _share(subject, family_of(model.config).geometry(model.config)) > 0
             engine = protocol.engine if keeps or resident == model.config.text_config.num_hidden_layers else "eager"
@@ -94,23 +95,33 @@ def measure_offloaded(
             runs.append(run)
             if subject is method:
                 streamed = moved
-    measured = Measured(pair, Spread(0.0, 0.0), streamed)
+    measured = Measured(pair, Spread(0.0, 0.0), streamed_bytes=streamed)
+    depth = family_of(model.config).geometry(model.config).depth
+    fits = plan(model, dense, budget, prompt, lengths[-1]) == depth
+    regime = f"{'resident within' if fits else 'offloaded,'} {budget / 1e9:.3g} GB"
     for tokens in lengths:
-        row = row_of(model.config, measured, tokens, peaks, model.dtype, protocol, regime="offloaded")
+        row = row_of(model.config, measured, tokens, peaks, model.dtype, regime)
         # The reads of a streaming step come over the link: bandwidth figures of device memory would mislead.
         hidden = ("decode_gb_per_s", "bandwidth_share", "flops_share", "byte_limit_decode_speedup", "overhead_ms")
         row |= dict.fromkeys((name for name in hidden if name in row), None)
-        measured.rows[tokens] = row | {"memory_budget_bytes": budget, "streamed_bytes": streamed}
+        row["memory_budget_bytes"] = budget
+        if tokens == lengths[-1]:
+            row["streamed_bytes"] = streamed
+        measured.rows[tokens] = row
     return measured
 
 
 def _offloaded_answer(
     model: Any, method: Method, inputs: dict[str, Tensor], lengths: list[int], engine: str, resident: int, budget: float
 ) -> tuple[Run, int]:
-    """One timed answer, after a warm-up one, and the bytes it streamed."""
+    """One timed answer, after a warm-up, and the bytes it streamed."""
     with offload(model, resident) as traffic, memory_budget(model.device, budget):
         with method(model) as trace, torch.inference_mode():
-            answer(model, trace, inputs, lengths, engine)
+            if engine == "compiled":  # what is captured depends on the answer's length
+                for _ in range(CAPTURE_WARM_UPS):
+                    answer(model, trace, inputs, lengths, engine)
+            else:
+                answer(model, trace, inputs, [1, 2], engine)
             before = replace(traffic)
             run = answer(model, trace, inputs, lengths, engine)
         return run, traffic.bytes - before.bytes

@@ -7,11 +7,12 @@ prediction / measurement on the machine at hand says by how much.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 from corematching.efficiency.flops import decode_flops, flops
-from corematching.engine.offload import resident_layers
+from corematching.engine.offload import STAGES, resident_layers
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
 from corematching.models.families import family_of
@@ -30,7 +31,6 @@ class Hardware:
     """Device memory, bytes."""
     link: float
     """Host to device, bytes per second in one direction."""
-    measured: bool = False
 
     def rate(self, dtype: str) -> float:
         """FLOP/s at a dtype.
@@ -97,12 +97,43 @@ def decode_bytes(config: Any, sample: SampleTrace, element: int, steps: int) -> 
         Bytes per weight.
     """
     sizes = Sizes.of(config)
-    weights = sizes.head + config.text_config.hidden_size
+    weights = sizes.head + config.text_config.hidden_size + sample.predictor_weights
     for neurons in sample.neurons:
         whole = neurons is None or sample.ffn_mode == "masked"
         weights += sizes.attention + sizes.neuron * (sizes.ffn_width if whole else len(neurons))  # type: ignore[arg-type]
     row = sample.dense_kv_bytes / (sample.prompt_tokens * len(sample.llm_tokens))
     return weights * element + sample.kv_bytes + row * len(sample.llm_tokens) * (steps + 1) / 2
+
+
+def at_depth(config: Any, sample: SampleTrace, depth: int) -> tuple[Any, SampleTrace]:
+    """The config and trace of a model of ``depth`` layers, extrapolated from a slice of its first ones.
+
+    Every further layer is taken to be as the last one traced. Overhead grows with depth if neurons were chosen, since
+    that happens in every layer; dropping tokens happens in the first ones.
+    """
+    traced = len(sample.llm_tokens)
+    if depth <= traced:
+        return config, sample
+    config = copy.deepcopy(config)
+    config.text_config.num_hidden_layers = depth
+
+    def longer(values: list) -> list:
+        return [*values, *[values[-1]] * (depth - traced)]
+
+    row = sample.dense_kv_bytes // (sample.prompt_tokens * traced)
+    kv_lengths = longer(sample.kv_lengths)
+    per_layer = any(neurons is not None for neurons in sample.neurons)
+    return config, replace(
+        sample,
+        visual_tokens=longer(sample.visual_tokens),
+        llm_tokens=longer(sample.llm_tokens),
+        kv_lengths=kv_lengths,
+        kv_bytes=sum(kv_lengths) * row,
+        dense_kv_bytes=sample.prompt_tokens * depth * row,
+        neurons=longer(sample.neurons),
+        overhead_flops=sample.overhead_flops * (depth / traced if per_layer else 1),
+        predictor_weights=sample.predictor_weights * depth / traced,
+    )
 
 
 @dataclass(frozen=True)
@@ -129,18 +160,19 @@ def predict(config: Any, sample: SampleTrace, hardware: Hardware, dtype: str, ou
     sizes, rate = Sizes.of(config), hardware.rate(dtype)
     steps = max(output_tokens - 1, 1)
     chosen = [None if sample.ffn_mode == "masked" else neurons for neurons in sample.neurons]
-    kept = min((len(neurons) for neurons in chosen if neurons is not None), default=sizes.ffn_width)
-    sliced = all(neurons is not None for neurons in chosen)
+    widths = [sizes.ffn_width if neurons is None else len(neurons) for neurons in chosen]
+    sliced = all(neurons is not None for neurons in chosen) and not sample.predictor_weights
     ffn = sizes.neuron * sizes.ffn_width * element
     others = (sizes.total - sizes.depth * sizes.neuron * sizes.ffn_width) * element + sample.dense_kv_bytes
-    whole = resident_layers(hardware.memory - others, ffn, sizes.depth, kept / sizes.ffn_width if sliced else 0.0)
+    share = max(widths) / sizes.ffn_width if sliced else 0.0
+    whole = resident_layers(hardware.memory - others, ffn, sizes.depth, share)
     missing = sizes.depth - whole
     cost = flops(config, sample)
     read = decode_bytes(config, sample, element, steps)
     prefill = max(
         (cost.vision + cost.projector) / rate, (sizes.vision + sizes.projector) * element / hardware.bandwidth
     )
-    prefill += sample.overhead_flops / rate
+    prefill += cost.overhead / rate
     prefill += max(
         cost.prefill / rate, sizes.depth * sizes.layer * element / hardware.bandwidth, missing * ffn / hardware.link
     )
@@ -148,5 +180,6 @@ def predict(config: Any, sample: SampleTrace, hardware: Hardware, dtype: str, ou
     arithmetic = decode_flops(config, sample, steps) / steps + 2 * sizes.head
     streamed = 0.0 if sliced else missing * ffn
     step = max(arithmetic / rate, read / hardware.bandwidth, streamed / hardware.link)
-    held = others + whole * ffn + (missing * ffn * kept / sizes.ffn_width if sliced else 0.0)
+    slices = missing * sum(widths) / len(widths) * sizes.neuron * element if sliced else 0.0
+    held = others + whole * ffn + slices + (STAGES * ffn if missing else 0.0)
     return Prediction(prefill, step, "offloaded" if missing else "resident", held, streamed)

@@ -27,7 +27,7 @@ class Protocol:
     output_tokens
         Forced answer lengths. One answer of the largest length serves all of them.
     repeats
-        Timed answers per method, and as many dense ones beside them; one more of each is discarded as warm-up.
+        Timed answers per method, and as many dense ones beside them; warm-ups are discarded.
     engine
         "eager" or "compiled" decoding, for dense and method alike.
     before, after
@@ -58,6 +58,8 @@ class Measured:
     pair: Pair
     overhead: Spread
     """Seconds a prefill spends on the method's decisions."""
+    choice: Spread = field(default_factory=lambda: Spread(0.0, 0.0))
+    """Seconds that choosing neurons takes when decoding starts."""
     streamed_bytes: int = 0
     """Bytes one answer of the largest length streams from the host (memory-limited regime)."""
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -73,10 +75,13 @@ def measure(
 ) -> Measured:
     """Time a method (or dense itself) with everything resident."""
     pair = in_turns(model, dense, method, inputs, protocol.output_tokens, protocol.repeats, protocol.engine)
-    spent = [sum(seconds) for seconds in decision_seconds(model, method, inputs)] if method.acts_on else [0.0]
-    measured = Measured(pair, Spread.of(spent))
+    measured = Measured(pair, Spread(0.0, 0.0))
+    if method.acts_on:
+        decisions = decision_seconds(model, method, inputs)
+        measured.overhead = Spread.of([sum(one.prefill) for one in decisions])
+        measured.choice = Spread.of([sum(one.decoding) for one in decisions])
     for tokens in protocol.output_tokens:
-        measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype, protocol)
+        measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype)
     return measured
 
 
@@ -86,7 +91,6 @@ def row_of(
     tokens: int,
     peaks: Peaks,
     dtype: torch.dtype,
-    protocol: Protocol,
     regime: str = "resident",
 ) -> dict[str, Any]:
     """One efficiency row: times in milliseconds (median; ``_iqr``: distance between the quartiles), memory in bytes."""
@@ -100,13 +104,14 @@ def row_of(
         "regime": regime,
         "output_tokens": tokens,
         "predicted": False,
-        "engine": protocol.engine,
+        "engine": pair.method[-1].engine,
+        "dense_engine": pair.dense[-1].engine,
         "repeats": len(pair.method),
         "prompt_tokens": sample.prompt_tokens,
         **_milliseconds("prefill_ms", prefill),
         **_milliseconds("end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.method])),
         **_milliseconds("dense_end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.dense])),
-        **_milliseconds("overhead_ms", measured.overhead),
+        **_milliseconds("overhead_ms", measured.overhead if tokens == 1 else measured.overhead + measured.choice),
         "peak_memory_bytes": max(run.peak_bytes for run in pair.method),
         "kv_bytes": sample.kv_bytes,
         "prefill_tflop_per_s": rate / 1e12,

@@ -16,14 +16,17 @@ _COLUMNS = {
     "peak_memory_bytes": ("peak GB", 1e-9, 2),
     "kv_bytes": ("KV MB", 1e-6, 1),
     "decode_gb_per_s": ("GB/s", 1.0, 1),
-    "bandwidth_share": ("% of peak", 100.0, 0),
+    "bandwidth_share": ("% of GB/s", 100.0, 0),
     "prefill_tflop_per_s": ("TFLOP/s", 1.0, 3),
-    "flops_share": ("% of peak ", 100.0, 0),
+    "flops_share": ("% of FLOP/s", 100.0, 0),
     "predicted_over_measured": ("predicted / measured", 1.0, 2),
+    "repeats": ("pairs", 1.0, 0),
 }
 NOTES = (
     "Medians; x dense: median over pairs of neighbouring runs of dense time over the method's, end to end.",
-    "% of peak: of this machine's measured bandwidth or matrix product rate. Dense: same process, same kernel.",
+    "% of GB/s, % of FLOP/s: of this machine's measured bandwidth and matrix product rate.",
+    "Dense: same process, same kernels.",
+    "peak GB: tensors allocated on a GPU; on a CPU the whole process, memory freed but kept for reuse included.",
     "predicted / measured: the roofline model's end to end time for this machine over the measured one.",
 )
 PREDICTED = "Rows marked predicted come from the roofline model with public peak figures; nothing was run there."
@@ -51,7 +54,12 @@ def print_rows(table: RunTable) -> None:
 
 def _setting(record: Mapping[str, Any]) -> tuple[str, int]:
     bench = record["bench"]
-    where = f"{bench['device']}, {bench['regime']}, predicted" if bench["predicted"] else bench["regime"]
+    where = bench["regime"]
+    if bench["predicted"]:
+        layers = bench.get("from_layers")
+        where = f"{bench['device']}, {where}, predicted" + (f" from {layers} layers" if layers else "")
+    elif bench["dense_engine"] != bench["engine"]:
+        where += f", {bench['engine']} against {bench['dense_engine']} dense"
     return where, bench["output_tokens"]
 
 

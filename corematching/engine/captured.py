@@ -21,37 +21,42 @@ if TYPE_CHECKING:
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 """Takes work on fixed tensors, returns what repeats it and the (fixed) tensors its results lie in."""
-MOST_RUNS = 16
+MOST_RUNS = 8
 """Captured runs kept; of more prompt lengths, the least recently used go."""
-_WARM_UPS = 2
+MOST_MET = 1024
+"""Prompt lengths remembered before they are worth capturing."""
+WARM_UPS = 2
+"""Times that work runs before it is captured."""
 
 
-def cuda_graph(work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
-    """Capture work as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):  # lets libraries and Triton set up outside the capture
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = work()
+def cuda_graph(device: torch.device, work: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """Capture work on a GPU as a CUDA graph."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):  # lets libraries and Triton set up outside the capture
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = work()
     return graph.replay, results
 
 
 class CapturedPrefill:
     """Prefill of one installed method, by runs of decoder layers between which it decides nothing.
 
-    A run is captured the first time a prompt of its length meets it. Covers single prompts without padding, of methods
-    that leave KV caches alone after prefill.
-
+    A run is captured the second time a prompt of its length meets it: a method that adapts its budget seldom leaves the
+    same number of tokens twice, and capturing takes longer than running. Covers single prompts without padding, of
+    methods that leave KV caches alone after prefill.
     """
 
     def __init__(self, session: Session, capture: Capture) -> None:
         self.session = session
         self.capture = capture
-        self._runs: OrderedDict[tuple[int, int], _Run] = OrderedDict()
+        self._runs: OrderedDict[tuple[int, int], _Run | None] = OrderedDict()
+        """By first layer and prompt length; None: met once, not captured yet."""
         depth = session.decoder.config.num_hidden_layers
         starts = [0, *(index for index in range(1, depth) if session.before[index]), depth]
         self.runs = [range(*ends) for ends in pairwise(starts)]
@@ -72,13 +77,37 @@ class CapturedPrefill:
     ) -> tuple[Tensor, Tensor]:
         """Run layers over hidden states [1, n, d]: what entered the last one, and what left it."""
         key = (layers.start, hidden.shape[1])
-        run = self._runs.get(key)
-        if run is None:
-            run = self._runs[key] = _Run(self.session, layers, hidden, rope, positions, self.capture)
-            if len(self._runs) > MOST_RUNS:
-                self._runs.popitem(last=False)
-        self._runs.move_to_end(key)
+        if key not in self._runs:
+            self._remember(key, None)
+            return decode_layers(self.session, layers, hidden, rope, positions, cache)
+        run = self._runs[key] or _Run(self.session, layers, hidden, rope, positions, self.capture)
+        self._remember(key, run)
         return run(hidden, rope, positions, cache)
+
+    def _remember(self, key: tuple[int, int], run: _Run | None) -> None:
+        self._runs[key] = run
+        self._runs.move_to_end(key)
+        kept = [key for key, run in self._runs.items() if run is not None]
+        for old in [*kept[:-MOST_RUNS], *([*self._runs][:-MOST_MET])]:
+            self._runs.pop(old, None)
+
+
+def decode_layers(
+    session: Session, layers: range, hidden: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, cache: Any
+) -> tuple[Tensor, Tensor]:
+    """Run stock layers over an unpadded sequence: what entered the last one, and what left it."""
+    entered = hidden
+    for index in layers:
+        entered = hidden
+        hidden = session.decoder.layers[index](
+            hidden,
+            attention_mask=None,
+            position_embeddings=rope,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return entered, hidden
 
 
 class _Run:
@@ -100,17 +129,7 @@ class _Run:
     def _compute(self) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor], dict[int, Tensor]]:
         session, recorder = self.session, _Recorder()
         hidden, cos, sin, positions = self.inputs
-        entered = hidden
-        for index in self.layers:
-            entered = hidden
-            hidden = session.decoder.layers[index](
-                hidden,
-                attention_mask=None,
-                position_embeddings=(cos, sin),
-                position_ids=positions,
-                past_key_values=recorder,
-                use_cache=True,
-            )
+        entered, hidden = decode_layers(session, self.layers, hidden, (cos, sin), positions, recorder)
         noted = [{i: own[i] for i in self.layers if i in own} for own in (session.activations, session.attended)]
         return entered, hidden, torch.stack([*recorder.keys, *recorder.values]), noted[0], noted[1]
 

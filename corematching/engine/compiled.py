@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from corematching.engine.captured import WARM_UPS
+from corematching.engine.ffn import SlicedFFN
 from corematching.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 ENGINES = ("eager", "compiled")
 BLOCK = 64
 """KV buffers are rounded up to a multiple of this, so that prompts of similar length share a captured graph."""
+MOST_DECODERS = 8
+"""Static decoders kept per installed method; of more prompt shapes, the least recently used go."""
 
 
 def prefill(model: Any, inputs: dict[str, Tensor], engine: str = "eager") -> tuple[DynamicCache, Tensor]:
@@ -75,10 +79,14 @@ def decoder_of(
         raise UserError(f"engine='compiled' does not support attention kernel {kernel!r}: choose from sdpa, eager")
     session.choose_neurons(cache)
     state = session.states[cache]
+    room = max(room, WARM_UPS)  # capturing writes that many rows
     key = signature(state, cache, room)
     decoder = session.decoders.get(key)
     if decoder is None:
         decoder = session.decoders[key] = StaticDecoder(model, session, state, cache, room)
+        if len(session.decoders) > MOST_DECODERS:
+            session.decoders.popitem(last=False)
+    session.decoders.move_to_end(key)
     decoder.load(state, cache, token)
     return decoder
 
@@ -176,18 +184,23 @@ class StaticDecoder:
         self.room = room
         self.left = 0
         self._replay: Callable[[], Any] | None = None
-        self._indices: dict[int, Tensor] = {}
+        self._ffns: dict[int, SlicedFFN] = {}
+        """What the captured step computes with, by layer."""
 
     def load(self, state: PromptState, cache: DynamicCache, token: Tensor) -> None:
         """Take over a prefilled prompt of the same signature; captures the step the first time, on a GPU."""
         self.state = state
         self._fill(state, cache, token)
-        if self._replay is not None:
-            for layer, index in self._indices.items():
-                index.copy_(state.ffn[layer].index)  # type: ignore[attr-defined]
+        for ffn in state.ffn.values():
+            ffn.most_steps = self.room
+        if self._can_replay():
+            for layer, ffn in self._ffns.items():
+                ffn.index.copy_(state.ffn[layer].index)  # type: ignore[union-attr]
         elif self._can_capture():
             counted = state.head_positions
-            self._indices = {layer: ffn.index for layer, ffn in state.ffn.items()}  # type: ignore[attr-defined]
+            self._ffns = dict(state.ffn)  # type: ignore[arg-type]
+            for ffn in self._ffns.values():
+                ffn.index = ffn.index.clone()  # later prompts' neurons go there; the trace keeps this prompt's
             self._replay, _ = self.session.capture(self._advance)  # type: ignore[misc]
             state.head_positions = counted
             self._fill(state, cache, token)
@@ -202,6 +215,8 @@ class StaticDecoder:
         if self._replay is None:
             self._advance()
         else:
+            for ffn in self.state.ffn.values():
+                ffn.check_rows()
             self._replay()
             self.state.head_positions += 1  # counted by a hook where Python runs
         return self.token
@@ -249,9 +264,21 @@ class StaticDecoder:
         for slot in self.slots:
             slot.add_(1)
 
+    def _can_replay(self) -> bool:
+        # Rows gathered elsewhere than in the captured ones are out of the graph's reach.
+        return self._replay is not None and all(
+            self.state.ffn[layer].rows is ffn.rows  # type: ignore[union-attr]
+            for layer, ffn in self._ffns.items()
+        )
+
     def _can_capture(self) -> bool:
-        # FFNs of a batch whose rows chose differently are built anew per prompt, so only single prompts are captured.
-        return self.session.capture is not None and self.token.shape[0] == 1
+        """Whether replaying does all that a step must do: nothing chosen, gathered or booked by Python on the way."""
+        return (
+            self.session.capture is not None
+            and self.token.shape[0] == 1
+            and not self.session.tokenwise
+            and all(ffn.capturable for ffn in self.state.ffn.values())
+        )
 
 
 def signature(state: PromptState, cache: DynamicCache, room: int) -> tuple:

@@ -61,7 +61,7 @@ class Rows:
     down: Tensor
     """[k, d]: rows of the transposed down weight."""
     owner: object = None
-    """Whose neurons lie here now."""
+    """``key`` of the FFN whose neurons lie here now; the FFN itself would keep the room alive in a cycle."""
 
     @classmethod
     def like(cls, mlp: Any, count: int) -> Rows:
@@ -95,8 +95,11 @@ class SlicedFFN:
         self.mlp = mlp
         self.index = index
         self.rows = rows
+        self.key = object()
         self.gather_after = gather_after
         self.copied = copied
+        self.most_steps: int | None = None
+        """The answer's most decode steps, where they are known: too few do not repay gathering."""
         self.masked_steps = 0
         self._masked = MaskedFFN(mlp, index[None]) if gather_after else None
         self._biases = tuple(
@@ -109,7 +112,7 @@ class SlicedFFN:
     def __call__(self, x: Tensor) -> Tensor:
         """[B, q, d] -> [B, q, d]."""
         if self._masked is not None:
-            if self.masked_steps < self.gather_after:
+            if self.masked_steps < self.gather_after or self._left() < self.gather_after:
                 self.masked_steps += x.shape[1]
                 return self._masked(x)
             self._masked = None
@@ -123,10 +126,28 @@ class SlicedFFN:
         out = (self.mlp.act_fn(gate) * up) @ rows.down
         return out if self.mlp.down_proj.bias is None else out + self.mlp.down_proj.bias
 
+    @property
+    def capturable(self) -> bool:
+        """Whether repeating its kernels for another prompt's neurons, copied into ``index`` or its rows, is enough."""
+        return self.copied or (kernels.available(self.index.device) and kernels.covers(self.mlp))
+
+    def check_rows(self) -> None:
+        """Refuse to compute with another prompt's rows.
+
+        Raises
+        ------
+        RuntimeError
+            If copied rows were taken over; they cannot be gathered again.
+        """
+        if self.copied and (self.rows is None or self.rows.owner is not self.key):
+            raise RuntimeError("another prompt took over the copied neurons: finish one answer before the next")
+
+    def _left(self) -> float:
+        return float("inf") if self.most_steps is None else self.most_steps - self.masked_steps
+
     def _gathered(self) -> Rows:
-        if self.rows is None or self.rows.owner is not self:
-            if self.copied:
-                raise RuntimeError("another prompt took over the copied neurons: finish one answer before the next")
+        if self.rows is None or self.rows.owner is not self.key:
+            self.check_rows()
             self._gather()
         assert self.rows is not None
         return self.rows
@@ -139,7 +160,7 @@ class SlicedFFN:
             torch.index_select(self.mlp.gate_proj.weight, 0, self.index, out=rows.gate_up[:count])
             torch.index_select(self.mlp.up_proj.weight, 0, self.index, out=rows.gate_up[count:])
             torch.index_select(self.mlp.down_proj.weight.t(), 0, self.index, out=rows.down)
-        rows.owner = self
+        rows.owner = self.key
 
 
 class MaskedFFN:
@@ -149,6 +170,10 @@ class MaskedFFN:
     """
 
     mode = "masked"
+    masked_steps = 0
+    most_steps: int | None = None
+    rows = None
+    capturable = False
 
     def __init__(self, mlp: Any, index: Tensor) -> None:
         self.mlp = mlp
@@ -160,6 +185,9 @@ class MaskedFFN:
         """[B, q, d] -> [B, q, d]."""
         mlp = self.mlp
         return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) * self.mask)
+
+    def check_rows(self) -> None:
+        """Has none."""
 
 
 @dataclass

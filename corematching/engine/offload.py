@@ -165,6 +165,8 @@ def offload(model: Any, resident: int) -> Iterator[Traffic]:
     finally:
         for remove in undo:
             remove()
+        if streamer.stream is not None:
+            streamer.stream.synchronize()  # a copy ahead may still be under way
         streamer.stages.clear()
         for layer, mlp in mlps.items():
             vars(mlp).pop("streamed", None)

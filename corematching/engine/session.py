@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,9 +76,11 @@ class Session:
         self.states: WeakKeyDictionary[Any, PromptState] = WeakKeyDictionary()
         self.undecided: WeakKeyDictionary[Any, list[tuple[ChooseNeurons, FFNSignals]]] = WeakKeyDictionary()
         """By KV cache: choices of neurons that wait for the first decode step."""
-        self.decoders: dict[Any, Any] = {}
+        self.decoders: OrderedDict[Any, Any] = OrderedDict()
         """Static decoders by the signature of the prompts they serve (see :mod:`corematching.engine.compiled`)."""
-        self.capture: Capture | None = cuda_graph if model.device.type == "cuda" else None
+        self.capture: Capture | None = (
+            functools.partial(cuda_graph, model.device) if model.device.type == "cuda" else None
+        )
         """How work is captured; None where there is nothing to gain."""
         self.capturing = False
         """Whether the prefill that runs now is to be captured."""
@@ -208,6 +210,7 @@ class Session:
         images = [count // self.geometry.image_tokens for count in layout.visual_counts]
         state = PromptState(layout, images, seen=embeds.shape[1])
         state.kv_row_bytes = self.kv_row_bytes(embeds.element_size())
+        state.predictor_weights = sum(ffn.predictor.flops / 2 for ffn in self.tokenwise.values())
         depth, patches = (
             self.geometry.vision_depth,
             self.geometry.image_tokens + int(self.family.has_cls(self.model.config)),

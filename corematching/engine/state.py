@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching.engine.ffn import MaskedFFN, SlicedFFN
 from corematching.engine.layout import Layout
 from corematching.engine.trace import GuideTrace, SampleTrace
 from corematching.engine.views import Ledger
@@ -32,11 +33,12 @@ class PromptState:
     """Per layer: long [B, 1], how far decode positions lie below the original ones; None = 0."""
     neurons: dict[int, Tensor] = field(default_factory=dict)
     """Per layer: chosen FFN neurons [B, k]."""
-    ffn: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    ffn: dict[int, SlicedFFN | MaskedFFN] = field(default_factory=dict)
     seen: int = 0
     """Logical tokens so far: the padded prompt and every decoded token."""
     decode_steps: int = 0
     head_positions: int = 0
+    predictor_weights: float = 0.0
     zeroed_kv: int = 0
     vision_tokens: list[int] = field(default_factory=list)
     vision_mlp_tokens: list[int] = field(default_factory=list)
@@ -64,7 +66,7 @@ class PromptState:
         ids = [layout.visual_id.cpu() for layout in _unique(self.layouts)]
         index = {id(layout): ids[i] for i, layout in enumerate(_unique(self.layouts))}
         neurons = {layer: chosen.cpu() for layer, chosen in self.neurons.items()}
-        modes = {getattr(ffn, "mode", "sliced") for ffn in self.ffn.values()}
+        modes = {ffn.mode for ffn in self.ffn.values()}
         guides = self.guide() if self.guide else []
         return [self._sample(row, rows, index, neurons, modes, guides) for row in range(rows)]
 
@@ -88,13 +90,14 @@ class PromptState:
             dense_kv_bytes=self.prompt.lengths[row] * len(self.layouts) * self.kv_row_bytes,
             neurons=[neurons[layer][row].unique() if layer in neurons else None for layer in range(len(self.layouts))],
             ffn_mode="dense" if not modes else "masked" if "masked" in modes else "sliced",
-            masked_steps=max((getattr(ffn, "masked_steps", 0) for ffn in self.ffn.values()), default=0),
+            masked_steps=max((ffn.masked_steps for ffn in self.ffn.values()), default=0),
             vision_tokens=[round(tokens * share) for tokens in self.vision_tokens],
             vision_mlp_tokens=[round(tokens * share) for tokens in self.vision_mlp_tokens],
             projected_tokens=round(self.projected_tokens * share),
             head_positions=self.head_positions,
             decode_steps=self.decode_steps,
             overhead_flops=self.ledger.flops,
+            predictor_weights=self.predictor_weights,
             zeroed_kv=self.zeroed_kv // rows,
             guide=guides[row * len(guides) // rows] if guides else None,
         )

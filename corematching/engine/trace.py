@@ -49,6 +49,8 @@ class SampleTrace:
     """Decoder passes after prefill, one token each."""
     overhead_flops: float = 0.0
     """Matrix products of the method's own scoring (2 per multiply-add)."""
+    predictor_weights: float = 0.0
+    """Weights that choosing neurons reads for every decoded token."""
     zeroed_kv: int = 0
     """KV rows overwritten with zeros, all layers together (published-code variant; saves nothing)."""
     guide: GuideTrace | None = None

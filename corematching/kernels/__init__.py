@@ -24,11 +24,14 @@ def activation_of(mlp: Any) -> str | None:
 
 
 def usable(mlp: Any, x: Tensor) -> bool:
-    """Whether the gathering FFN kernel covers this call: one token, no biases, a known activation, neuron-major."""
+    """Whether the gathering FFN kernel can compute this call: on a GPU, for one token."""
+    return available(x.device) and x.numel() == x.shape[-1] and covers(mlp)
+
+
+def covers(mlp: Any) -> bool:
+    """Whether the gathering FFN kernel knows such an FFN: no biases, a known activation, neuron-major."""
     return (
-        available(x.device)
-        and x.numel() == x.shape[-1]
-        and activation_of(mlp) is not None
+        activation_of(mlp) is not None
         and all(linear.bias is None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         and mlp.down_proj.weight.t().is_contiguous()
     )
@@ -40,11 +43,13 @@ def gather_ffn(mlp: Any, index: Tensor, x: Tensor) -> Tensor:
 
     activation = activation_of(mlp)
     assert activation is not None
-    return launch(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t(), index, x, activation)
+    with torch.cuda.device(x.device):
+        return launch(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t(), index, x, activation)
 
 
 def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
     """:func:`corematching.methods.core.core_neurons` in two launches, without synchronising."""
     from corematching.kernels.core import core_neurons as launch
 
-    return launch(activations, valid, rho, count)
+    with torch.cuda.device(activations.device):
+        return launch(activations, valid, rho, count)

@@ -71,6 +71,8 @@ def gather_ffn(gate: Tensor, up: Tensor, down: Tensor, index: Tensor, x: Tensor,
     Shape and dtype of ``x``; sums are kept in float32.
     """
     k, d = index.shape[0], gate.shape[1]
+    if k == 0:
+        return torch.zeros_like(x)
     x = x.contiguous()
     act = torch.empty(k, dtype=torch.float32, device=x.device)
     _activate[(triton.cdiv(k, _ROWS),)](

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from corematching.results.figures import COLOURS, MARKERS, STYLE, new_figure, save
+from corematching.results.hardware import SETTING, setting_title
 
-SETTING = ["model", "device", "regime"]
 NEURON_METHODS = ("core_neurons", "coreinfer", "wanda_neurons", "dejavu", "powerinfer")
 
 
@@ -20,7 +20,7 @@ def speedup_over_keep(efficiency: pd.DataFrame) -> Figure | None:
     shown = efficiency[counts & efficiency["speedup"].notna()]
     if shown.empty:
         return None
-    panels = list(shown.groupby([*SETTING, "output_tokens"], sort=True))
+    panels = list(shown.groupby(SETTING, sort=True))
     look = _looks(shown)
     figure = new_figure(7.2, 0.4 + 2.2 * len(panels))
     with mpl.rc_context(STYLE):
@@ -29,7 +29,7 @@ def speedup_over_keep(efficiency: pd.DataFrame) -> Figure | None:
                 line = points.assign(keep=points["keep"].astype(int)).sort_values("keep")
                 axes.plot(line["keep"], line["speedup"], label=method, **look[method])
             axes.axhline(1.0, color="#111111", linewidth=0.8)
-            axes.set_title(_title(rows), fontsize=8)
+            axes.set_title(setting_title(rows.iloc[0]), fontsize=8)
             axes.set_ylabel("speed-up over dense")
         axes.set_xlabel("visual tokens kept")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
@@ -71,7 +71,7 @@ def decode_over_neurons(efficiency: pd.DataFrame) -> Figure | None:
             axes.plot(
                 [1.0], [base["decode_ms_per_token"]], label="dense", color="#111111", marker="*", linestyle="none"
             )
-            axes.set_title(_title(rows), fontsize=8)
+            axes.set_title(setting_title(rows.iloc[0]), fontsize=8)
             axes.set_ylabel("decode ms/token")
         axes.set_xlabel("kept share of the FFN neurons")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
@@ -96,9 +96,3 @@ def _looks(rows: pd.DataFrame) -> dict[str, dict[str, str]]:
 def _bytes(rows: pd.DataFrame | pd.Series) -> pd.Series | float:
     """Bytes one decode step reads, up to a common factor."""
     return rows["decode_gb_per_s"] * rows["decode_ms_per_token"]
-
-
-def _title(rows: pd.DataFrame) -> str:
-    first = rows.iloc[0]
-    predicted = ", predicted" if first["predicted"] is True else ""
-    return f"{first['model']}, {first['device']}, {first['regime']}{predicted}, {first['output_tokens']} output tokens"

@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from corematching.results.accuracy import accuracy_shares, benchmark_order, methods_of, title
+from corematching.results.hardware import SETTING, setting_title
 from corematching.results.load import keep_order
 from corematching.results.tables import FLOPS_UNITS, MINI_BANNER, budget, unit_scale
 
@@ -119,7 +120,8 @@ def pareto_points(cells: pd.DataFrame, efficiency: pd.DataFrame | None = None) -
     )
     times: Mapping = {}
     if efficiency is not None and len(efficiency):
-        same = efficiency[efficiency["model"].isin(cells["model"]) & (efficiency["regime"] == "resident")]
+        measured = (efficiency["regime"] == "resident") & (efficiency["predicted"] != True)  # noqa: E712 (a column)
+        same = efficiency[efficiency["model"].isin(cells["model"]) & measured]
         longest = same[same["output_tokens"] == same["output_tokens"].max()]
         keys = zip(longest["method"], map(budget, longest["keep"]), strict=True)
         times = dict(zip(keys, longest["end_to_end_ms"], strict=True))
@@ -287,18 +289,18 @@ def breakdown(efficiency: pd.DataFrame) -> Figure | None:
     shown = efficiency[efficiency["prefill_ms"].notna() & efficiency["decode_ms_per_token"].notna()]
     if shown.empty:
         return None
-    settings = list(shown.groupby(["model", "device", "regime", "output_tokens"], sort=True))
+    settings = list(shown.groupby(SETTING, sort=True))
     figure = new_figure(7.2, sum(0.6 + 0.26 * len(rows) for _, rows in settings))
     with mpl.rc_context(STYLE):
         heights = [len(rows) + 2 for _, rows in settings]
         panels = figure.subplots(len(settings), 1, squeeze=False, gridspec_kw={"height_ratios": heights}).ravel()
-        for axes, ((model, device, regime, output), rows) in zip(panels, settings, strict=True):
+        for axes, (_, rows) in zip(panels, settings, strict=True):
             rows = rows.sort_values("method_name", key=lambda names: names != "dense", kind="stable")
             labels = [name_of(row.method, row.keep) for row in rows.itertuples()]
-            decode = rows["decode_ms_per_token"] * max(int(output or 1) - 1, 0)
+            decode = rows["decode_ms_per_token"] * (rows["output_tokens"].astype(int) - 1)
             axes.barh(labels, rows["prefill_ms"], color=COLOURS[0], label="prefill")
             axes.barh(labels, decode, left=rows["prefill_ms"], color=COLOURS[1], label="decode")
-            axes.set_title(f"{model}, {device}, {regime}, {output} output tokens", fontsize=8)
+            axes.set_title(setting_title(rows.iloc[0]), fontsize=8)
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
         panels[-1].set_xlabel("ms")

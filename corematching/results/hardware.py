@@ -37,7 +37,7 @@ RATES = {
     "bandwidth_share": ("% of bandwidth", 100.0),
 }
 #: What must be equal for two rows to be compared.
-SETTING = ["model", "device", "regime", "output_tokens"]
+SETTING = ["model", "device", "regime", "output_tokens", "predicted", "dense_engine"]
 
 
 def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
@@ -55,6 +55,8 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         "regime",
         "output_tokens",
         "predicted",
+        "dense_engine",
+        "from_layers",
         *TIMES,
         *BYTES,
         *RATES,
@@ -67,7 +69,9 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         rows[name] = pd.Series([bench.get(name) for bench in chosen["bench"]], index=rows.index, dtype=object)
     rows["device"] = rows["device"].where(rows["device"].notna(), rows["hardware"])
     rows["regime"] = rows["regime"].where(rows["regime"].notna(), "resident")
-    for name in fields[4:]:
+    rows["predicted"] = rows["predicted"].map(lambda value: value is True).astype(object)
+    rows["dense_engine"] = rows["dense_engine"].where(rows["dense_engine"].notna(), "")
+    for name in fields[5:]:
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     dense = (
         rows[rows["method_name"] == "dense"].drop_duplicates(SETTING, keep="last").set_index(SETTING)["end_to_end_ms"]
@@ -77,6 +81,18 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(speedup=rows["paired_speedup"].where(rows["paired_speedup"].notna(), unpaired))
 
 
+def setting_title(row: pd.Series) -> str:
+    """One line for the setting of a row: model, device, regime, output length; predictions say so."""
+    words = [row["model"], row["device"], row["regime"]]
+    if row["predicted"] is True:
+        words.append(_predicted(row))
+    return ", ".join(map(str, words)) + f", {row['output_tokens']} output tokens"
+
+
+def _predicted(row: pd.Series) -> str:
+    return "predicted" + (f" from {row['from_layers']:.0f} layers" if row["from_layers"] > 0 else "")
+
+
 def hardware_table(rows: pd.DataFrame) -> Table | None:
     """All efficiency rows; ``None`` if there are none. Numbers compete within one setting."""
     if rows.empty:
@@ -84,7 +100,7 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
     scales = {name: unit_scale(rows[name], BYTES_UNITS) for name in BYTES}
     body = []
     for row in sorted((rows.loc[index] for index in rows.index), key=_order):
-        predicted = " (predicted)" if row["predicted"] is True else ""
+        predicted = f" ({_predicted(row)})" if row["predicted"] is True else ""
         entries = [
             word(row["model"]),
             word(row["device"]),
