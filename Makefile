@@ -34,7 +34,7 @@ lint: $(READY) ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-examples: $(READY) ## Regenerate results/examples from a run of the bundled model
+examples: $(READY) ## Regenerate results/examples: the bundled model, then a 7B slice (half an hour)
 	$(BIN)/python scripts/make_examples.py
 
 lock: $(READY) ## Re-resolve requirements.lock from pyproject.toml

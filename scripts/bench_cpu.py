@@ -4,7 +4,7 @@
     python scripts/bench_cpu.py decode prefill       some of them
     python scripts/bench_cpu.py --layers 2 --repeats 2 --output-tokens 16   a quick look
 
-Every number is a ratio of neighbouring runs in one process. The machine's load is printed first: cores shared with
+Every target is a ratio of neighbouring runs in one process. The machine's load is printed first: cores shared with
 other work stretch the waiting of threads for each other and make ratios worse, never better.
 """
 

@@ -22,12 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
+from omegaconf import OmegaConf
 
-from corematching import build_method, kernels, load_model
+from corematching import build_method, kernels, load_model, registry
 from corematching.efficiency.hardware import load_hardware, this_machine
 from corematching.efficiency.latency import CAPTURE_WARM_UPS, Spread, clock, fixed_inputs
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks, measure_peaks
+from corematching.efficiency.roofline import at_depth
 from corematching.efficiency.rows import Protocol, measure, predicted_row
 from corematching.efficiency.table import run_table
 from corematching.engine.compiled import generate
@@ -73,6 +75,7 @@ class Session:
             repeats=1 if dry else options.repeats,
             engine="compiled",
         )
+        self.full_depth = int(OmegaConf.load(registry.CONF / "model" / f"{options.model}.yaml").layers)
         self.inputs = fixed_inputs(self.model)
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.peaks: Peaks = measure_peaks(self.device, self.model.dtype, tries=2 if dry else 7)
@@ -200,8 +203,11 @@ def predictions(session: Session) -> None:
         for name, keep in LIMITED:
             trace = session.by_name[name, keep, "resident"].trace
             try:
+                config, whole = at_depth(session.model.config, trace, session.full_depth)
                 for tokens in session.protocol.output_tokens:
-                    session.add(name, keep, predicted_row(session.model.config, trace, tokens, hardware, dtype))
+                    row = predicted_row(config, whole, tokens, hardware, dtype)
+                    extrapolated = {"from_layers": len(trace.llm_tokens)} if whole is not trace else {}
+                    session.add(name, keep, row | extrapolated)
             except UserError as error:
                 print(f"  no prediction for {name} {keep} on {hardware.name}: {error}")
     session.save()
@@ -227,13 +233,13 @@ def targets(session: Session) -> list[str]:
         row, speedup = ours.rows[longest], ours.pair.speedup(longest)
         found.append(
             f"{row['regime']}, {longest} tokens end to end: {speedup.median:.2f} x dense, IQR {speedup.iqr:.2f}; "
-            f"{row['engine']} against {row['dense_engine']} dense, which streams (target >= 8 with 12 GB)"
+            f"{row['engine']} against {row['dense_engine']} dense (target >= 8 with 12 GB)"
         )
     return found
 
 
 def _of_the_data_sheet(session: Session, row: dict[str, Any]) -> str:
-    """Share of the card's public bandwidth, if it has a profile."""
+    """Share of the public bandwidth of the profile whose name fits the card's, if one does."""
     name = device_name(session.device).upper()
     for profile in group_names("hardware"):
         if profile.replace("_", " ").upper() in name:

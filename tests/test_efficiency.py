@@ -254,13 +254,14 @@ def test_a_slice_predicts_what_the_whole_model_would(random_llava):
         **{name: getattr(whole, name)[:4] for name in ("visual_tokens", "llm_tokens", "kv_lengths", "neurons")},
         kv_bytes=sum(whole.kv_lengths[:4]) * whole.kv_bytes // sum(whole.kv_lengths),
         dense_kv_bytes=whole.dense_kv_bytes * 4 // 6,
-        overhead_flops=whole.overhead_flops * 4 / 6,
+        overhead_flops=600,
     )
     config = copy.deepcopy(random_llava.config)
     config.text_config.num_hidden_layers = 4
     config, guess = at_depth(config, part, 6)
     assert (guess.kv_bytes, guess.dense_kv_bytes) == (whole.kv_bytes, whole.dense_kv_bytes)
-    assert cm.flops(config, guess) == cm.flops(random_llava.config, whole)
+    assert guess.overhead_flops == 900
+    assert cm.flops(config, guess) == cm.flops(random_llava.config, replace(whole, overhead_flops=900))
     assert at_depth(config, guess, 6) == (config, guess)
 
 

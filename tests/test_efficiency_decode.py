@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import IMAGE_TOKENS, left_pad
+from conftest import IMAGE_TOKENS, left_pad, make_prompt
 from torch.utils._pytree import tree_leaves
 
 import corematching as cm
@@ -302,6 +302,24 @@ def test_a_captured_prompt_survives_the_next_one(random_llava, prompts):
         for sample, own in zip(trace.drain(), neurons, strict=True):
             assert all(map(torch.equal, sample.neurons, own))
         assert len(session.captured.runs) == 2
+
+
+def test_prompt_lengths_that_take_turns_are_captured_once(random_llava):
+    """pyramiddrop has four runs per prompt: all of a length's runs stay, or go, together."""
+    captured, lengths = [], [5, 6, 7, 8]
+
+    def capture(work):
+        captured.append(work.__self__.length)
+        return pretend_to_capture(work)
+
+    with cm.build_method("pyramiddrop", **PARAMETERS["pyramiddrop"])(random_llava), torch.inference_mode():
+        random_llava._corematching.capture = capture
+        for length in 3 * lengths:
+            prefill(random_llava, make_prompt(0, text=length), "compiled")
+        assert len(captured) == 4 * len(lengths)
+        for length in [9, 10, 11, 12, *lengths]:  # four others push them out; meeting them anew captures nothing
+            prefill(random_llava, make_prompt(0, text=length), "compiled")
+        assert len(captured) == 4 * len(lengths)
 
 
 def test_batches_and_eager_prompts_are_not_captured(random_llava, prompts):

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 import corematching as cm
+from corematching.engine import session
 from corematching.engine.ffn import FFNBuilder
 from corematching.engine.predictors import TokenwiseFFN, load_predictors, save_predictors
 from corematching.engine.views import Ledger
@@ -309,3 +310,21 @@ def test_an_answer_of_one_token_never_chooses(random_llava):
         greedy(random_llava, prompt, max_new_tokens=2)
         assert asked == [0, 1, 2, 3, 4, 5]
         assert [len(neurons) for neurons in trace.drain()[-1].neurons] == [24] * 6
+
+
+@torch.no_grad()
+def test_activations_beyond_the_limit_do_not_wait(random_llava, monkeypatch):
+    monkeypatch.setattr(session, "MOST_HELD", 2 * 86 * WIDTH * 4 + 1)
+    prompt = make_prompt(5)
+    assert prompt["input_ids"].shape[1] <= 86
+    with cm.build_method("core_neurons", keep=0.5)(random_llava) as trace:
+        early = greedy(random_llava, prompt)
+        out = random_llava(**prompt, use_cache=True)
+        (waiting,) = random_llava._corematching.undecided.values()
+        assert 2 <= len(waiting) < 6
+        del out
+    monkeypatch.undo()
+    with cm.build_method("core_neurons", keep=0.5)(random_llava) as late_trace:
+        late = greedy(random_llava, prompt)
+    assert torch.equal(early, late)
+    assert all(map(torch.equal, trace.samples[0].neurons, late_trace.samples[0].neurons))

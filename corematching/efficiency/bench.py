@@ -38,6 +38,9 @@ from corematching.methods.base import Method
 from corematching.models.families import family_of
 from corematching.results.store import Store
 
+VERSION = "2"
+"""Of how rows are measured: rows of another version are not compared with these."""
+
 
 def run(config: DictConfig) -> int:
     """Measure what the store lacks and print the table.
@@ -45,7 +48,7 @@ def run(config: DictConfig) -> int:
     Returns
     -------
     int
-        Exit status: 0 all rows are there, 1 some failed.
+        Exit status: 0 all rows are there or left to another process that measures them, 1 some failed.
 
     Raises
     ------
@@ -63,7 +66,7 @@ def run(config: DictConfig) -> int:
     for row in pending:
         name = f"{row.label}{'' if row.keep is None else f' keep={row.keep}'}"
         with ExitStack() as claims:
-            mine = all(claims.enter_context(bench.store.claim(cell.id)) for cell in bench.cells(row))
+            mine = all(claims.enter_context(bench.store.claim(cell.id)) for cell in bench.measured_cells(row))
             if not mine or bench.is_done(row):
                 print(f"  {name}: {'done' if mine else 'being measured'} by another process")
                 continue
@@ -78,7 +81,7 @@ class Bench:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
         values = dict(settings["efficiency"])
-        values["output_tokens"] = tuple(values["output_tokens"])
+        values["output_tokens"] = tuple(dict.fromkeys(values["output_tokens"]))
         self.protocol = _protocol(values)
         self.rows = tuple(method_rows(settings))
         self.identity = model_identity(settings["model"])
@@ -98,7 +101,7 @@ class Bench:
             "kind": "efficiency",
             "model": model,
             "method": {"name": row.method, **row.parameters},
-            "benchmark": {"name": "efficiency", "data": "synthetic", "version": "1", "limit": None},
+            "benchmark": {"name": "efficiency", "data": "synthetic", "version": VERSION, "limit": None},
             "prompt": f"{protocol.before} + image + {protocol.after} tokens",
             "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats},
             "seed": self.settings["seed"],
@@ -108,15 +111,15 @@ class Bench:
         labels = {"model": model_label(model), "method": row.label, "keep": row.keep}
         return Cell.of(config, **labels, benchmark="efficiency", data="synthetic")
 
+    def measured_cells(self, row: Row) -> list[Cell]:
+        """The cells of a method that are timed on this machine."""
+        regimes = ["resident", *([self._limited()] if self.elsewhere is not None and self.on_gpu else [])]
+        return [self.cell(row, tokens, regime) for regime in regimes for tokens in self.protocol.output_tokens]
+
     def cells(self, row: Row) -> list[Cell]:
         """Every cell of a method: measured, then predicted."""
-        lengths = self.protocol.output_tokens
-        cells = [self.cell(row, tokens) for tokens in lengths]
-        if self.elsewhere is not None:
-            cells += [self.cell(row, tokens, "predicted", predicted=True) for tokens in lengths]
-            if self.on_gpu:
-                cells += [self.cell(row, tokens, self._limited()) for tokens in lengths]
-        return cells
+        lengths = self.protocol.output_tokens if self.elsewhere is not None else ()
+        return self.measured_cells(row) + [self.cell(row, tokens, "predicted", predicted=True) for tokens in lengths]
 
     def is_done(self, row: Row) -> bool:
         records = [self.store.read(cell.id) for cell in self.cells(row)]

@@ -29,7 +29,8 @@ class Protocol:
     repeats
         Timed answers per method, and as many dense ones beside them; warm-ups are discarded.
     engine
-        "eager" or "compiled" decoding, for dense and method alike.
+        "eager" or "compiled" (prefill and decode), for dense and method alike; under a memory budget, whoever streams
+        weights in decode is eager.
     before, after
         Text tokens around the visual tokens of the prompt.
     """
@@ -59,7 +60,7 @@ class Measured:
     overhead: Spread
     """Seconds a prefill spends on the method's decisions."""
     choice: Spread = field(default_factory=lambda: Spread(0.0, 0.0))
-    """Seconds that choosing neurons takes when decoding starts."""
+    """Seconds that choosing neurons takes when decoding starts; for every token, if every token has its own."""
     streamed_bytes: int = 0
     """Bytes one answer of the largest length streams from the host (memory-limited regime)."""
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -100,6 +101,7 @@ def row_of(
     # Vision, projector, decoder over the prompt, one row of lm_head.
     work = cost.vision + cost.projector + cost.prefill + cost.lm_head / max(sample.head_positions, 1)
     rate = work / prefill.median
+    choices = (tokens - 1 if sample.predictor_weights else 1) if tokens > 1 else 0
     row = {
         "regime": regime,
         "output_tokens": tokens,
@@ -111,7 +113,7 @@ def row_of(
         **_milliseconds("prefill_ms", prefill),
         **_milliseconds("end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.method])),
         **_milliseconds("dense_end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.dense])),
-        **_milliseconds("overhead_ms", measured.overhead if tokens == 1 else measured.overhead + measured.choice),
+        **_milliseconds("overhead_ms", measured.overhead + measured.choice * choices),
         "peak_memory_bytes": max(run.peak_bytes for run in pair.method),
         "kv_bytes": sample.kv_bytes,
         "prefill_tflop_per_s": rate / 1e12,

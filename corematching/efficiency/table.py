@@ -38,7 +38,9 @@ def run_table(records: Sequence[Mapping[str, Any]]) -> RunTable:
     kinds.sort(key=lambda kind: (kind[0] != "resident", kind[0], kind[1]))
     rows = [_cells(record) for kind in kinds for record in records if _setting(record) == kind]
     header = ("method", "keep", "weights", "output tokens", *(title for title, _, _ in _COLUMNS.values()))
-    notes = NOTES + ((PREDICTED,) if any(record["bench"]["predicted"] for record in records) else ())
+    models = dict.fromkeys(record["labels"]["model"] for record in records if record["labels"].get("model"))
+    notes = (*((f"Model: {'; '.join(models)}.",) if models else ()), *NOTES)
+    notes += (PREDICTED,) if any(record["bench"]["predicted"] for record in records) else ()
     return RunTable(header, tuple(rows), notes)
 
 

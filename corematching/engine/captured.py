@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], Any], Any]]
 """Takes work on fixed tensors, returns what repeats it and the (fixed) tensors its results lie in."""
-MOST_RUNS = 8
-"""Captured runs kept; of more prompt lengths, the least recently used go."""
-MOST_MET = 1024
-"""Prompt lengths remembered before they are worth capturing."""
+MOST_LENGTHS = 4
+"""Prompt lengths whose prefill stays captured, with activations, keys and values; the least recently used go."""
 WARM_UPS = 2
 """Times that work runs before it is captured."""
 
@@ -55,8 +54,8 @@ class CapturedPrefill:
     def __init__(self, session: Session, capture: Capture) -> None:
         self.session = session
         self.capture = capture
-        self._runs: OrderedDict[tuple[int, int], _Run | None] = OrderedDict()
-        """By first layer and prompt length; None: met once, not captured yet."""
+        self._lengths: OrderedDict[int, _Length] = OrderedDict()
+        self._now = _Length()
         depth = session.decoder.config.num_hidden_layers
         starts = [0, *(index for index in range(1, depth) if session.before[index]), depth]
         self.runs = [range(*ends) for ends in pairwise(starts)]
@@ -67,29 +66,37 @@ class CapturedPrefill:
         layers = session.decoder.layers
         return not any(session.after.values()) and not any(is_streamed(layer.mlp) for layer in layers)
 
-    def begin(self) -> None:
-        """A prompt is about to overwrite the activations that others may still have to choose neurons from."""
+    def begin(self, length: int) -> None:
+        """A prompt of ``length`` tokens comes; it may overwrite what others still have to choose neurons from."""
         for cache in list(self.session.undecided):
             self.session.choose_neurons(cache)
+        self._now = self._lengths.setdefault(length, _Length())
+        self._lengths.move_to_end(length)
+        if len(self._lengths) > MOST_LENGTHS:
+            self._lengths.popitem(last=False)
 
     def __call__(
         self, layers: range, hidden: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, cache: Any
     ) -> tuple[Tensor, Tensor]:
         """Run layers over hidden states [1, n, d]: what entered the last one, and what left it."""
-        key = (layers.start, hidden.shape[1])
-        if key not in self._runs:
-            self._remember(key, None)
+        met, runs, length = self._now.met, self._now.runs, hidden.shape[1]
+        if (layers.start, length) not in met:
+            met.add((layers.start, length))
             return decode_layers(self.session, layers, hidden, rope, positions, cache)
-        run = self._runs[key] or _Run(self.session, layers, hidden, rope, positions, self.capture)
-        self._remember(key, run)
+        run = runs.get(layers.start)
+        if run is None or run.length != length:
+            run = runs[layers.start] = _Run(self.session, layers, hidden, rope, positions, self.capture)
         return run(hidden, rope, positions, cache)
 
-    def _remember(self, key: tuple[int, int], run: _Run | None) -> None:
-        self._runs[key] = run
-        self._runs.move_to_end(key)
-        kept = [key for key, run in self._runs.items() if run is not None]
-        for old in [*kept[:-MOST_RUNS], *([*self._runs][:-MOST_MET])]:
-            self._runs.pop(old, None)
+
+@dataclass
+class _Length:
+    """What is captured for prompts of one length."""
+
+    runs: dict[int, _Run] = field(default_factory=dict)
+    """By first layer: the run at the number of tokens that came there last."""
+    met: set[tuple[int, int]] = field(default_factory=set)
+    """(first layer, tokens entering it) so far."""
 
 
 def decode_layers(
@@ -123,7 +130,9 @@ class _Run:
         capture: Capture,
     ) -> None:
         self.session, self.layers = session, layers
-        self.inputs = [part.clone() for part in (hidden, *rope, positions)]
+        self.length = hidden.shape[1]
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [part.clone() for part in (hidden, *rope, positions)]
         self.replay, self.results = capture(self._compute)
 
     def _compute(self) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor], dict[int, Tensor]]:

@@ -204,6 +204,8 @@ class StaticDecoder:
             self._replay, _ = self.session.capture(self._advance)  # type: ignore[misc]
             state.head_positions = counted
             self._fill(state, cache, token)
+        else:
+            self._replay = None
 
     def step(self) -> Tensor:
         """The next token, long [B, 1]; overwritten by the next step."""

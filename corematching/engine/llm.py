@@ -60,7 +60,8 @@ def _prefill(session, state, hidden, attention_mask, position_ids, cache, use_ca
     state, prompt = session.begin(hidden, attention_mask, position_ids, cache)
     layout, previous = state.prompt, None
     hidden, layout = session.vision_tokens(state, prompt, hidden, layout)
-    captured = session.captured_prefill() if mask is None and len(hidden) == 1 and cache is not None else None
+    alone = mask is None and len(hidden) == 1 and cache is not None
+    captured = session.captured_prefill(hidden.shape[1]) if alone else None
     for run in captured.runs if captured else _one_by_one(decoder.config.num_hidden_layers):
         for stage in session.before[run.start]:
             hidden, layout = _reduce(session, stage, state, prompt, hidden, layout, previous, cache)

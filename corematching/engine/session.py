@@ -27,6 +27,9 @@ from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Guide, Method, PredictNeurons
 from corematching.models.families import family_of
 
+MOST_HELD = 2**30
+"""Bytes of FFN activations that may wait for the first decode step of a prompt or batch."""
+
 
 @contextmanager
 def attach(method: Method, model: Any) -> Iterator[Trace]:
@@ -233,13 +236,13 @@ class Session:
         )
         return state, prompt
 
-    def captured_prefill(self) -> CapturedPrefill | None:
-        """Captured runs of layers for this prefill, if it is to be captured and can be."""
+    def captured_prefill(self, length: int) -> CapturedPrefill | None:
+        """Captured runs of layers for a prefill of ``length`` tokens, if it is to be captured and can be."""
         if not self.capturing or self.capture is None or not CapturedPrefill.covers(self):
             return None
         if self.captured is None:
             self.captured = CapturedPrefill(self, self.capture)
-        self.captured.begin()
+        self.captured.begin(length)
         return self.captured
 
     def vision_tokens(
@@ -270,14 +273,16 @@ class Session:
 
     # --------------------------------------------------------------------------------------------- decode-time neurons
     def defer_choice(self, cache: Any, stage: ChooseNeurons, signals: FFNSignals) -> None:
-        """Note what a layer's neurons are to be chosen from; an answer of one token never pays for the choice.
+        """Note what a layer's neurons are to be chosen from: an answer of one token need not pay for the choice.
 
-        An FFN whose weights are on the device for this moment only is decided now.
+        Decided now where memory is short: if weights are streamed, and for batches whose activations would fill it.
         """
-        if is_streamed(self.decoder.layers[stage.layer].mlp):
+        waiting = self.undecided.setdefault(cache, [])
+        held = sum(other.activations.nbytes for _, other in waiting) + signals.activations.nbytes
+        if any(is_streamed(layer.mlp) for layer in self.decoder.layers) or held > MOST_HELD:
             self._choose(self.states[cache], stage, signals)
         else:
-            self.undecided.setdefault(cache, []).append((stage, signals))
+            waiting.append((stage, signals))
 
     def choose_neurons(self, cache: Any) -> None:
         """Choose the neurons that decoding computes; called before a prompt's first decode step."""

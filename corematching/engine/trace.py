@@ -30,7 +30,7 @@ class SampleTrace:
     dense_kv_bytes: int
     """Bytes the KV cache would have without reduction."""
     neurons: list[Tensor | None]
-    """Per layer: FFN neurons computed in decode (None = all, or nothing was decoded: neurons are chosen then)."""
+    """Per layer: FFN neurons computed in decode (None: all, or not chosen because nothing was decoded)."""
     ffn_mode: str
     """How decode computes FFNs: "dense", "sliced" (only chosen neurons are computed) or "masked" (a batch whose
     samples chose differently: same numbers, nothing saved)."""

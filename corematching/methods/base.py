@@ -175,7 +175,8 @@ class AfterPrefill:
 class ChooseNeurons:
     """Choose, from one layer's prefill, the FFN neurons that decode computes.
 
-    Asked right before the first decode step, so that prompts answered by one token do not pay for it.
+    Normally asked right before the first decode step, so that prompts answered by one token do not pay for it; during
+    prefill where memory is too short to keep the activations until then.
     """
 
     layer: int

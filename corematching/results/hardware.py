@@ -56,7 +56,9 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         "output_tokens",
         "predicted",
         "dense_engine",
+        "engine",
         "from_layers",
+        "repeats",
         *TIMES,
         *BYTES,
         *RATES,
@@ -70,8 +72,9 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
     rows["device"] = rows["device"].where(rows["device"].notna(), rows["hardware"])
     rows["regime"] = rows["regime"].where(rows["regime"].notna(), "resident")
     rows["predicted"] = rows["predicted"].map(lambda value: value is True).astype(object)
-    rows["dense_engine"] = rows["dense_engine"].where(rows["dense_engine"].notna(), "")
-    for name in fields[5:]:
+    for name in ("dense_engine", "engine"):
+        rows[name] = rows[name].where(rows[name].notna(), "")
+    for name in fields[6:]:
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     dense = (
         rows[rows["method_name"] == "dense"].drop_duplicates(SETTING, keep="last").set_index(SETTING)["end_to_end_ms"]
@@ -93,6 +96,12 @@ def _predicted(row: pd.Series) -> str:
     return "predicted" + (f" from {row['from_layers']:.0f} layers" if row["from_layers"] > 0 else "")
 
 
+def _engines(row: pd.Series) -> str:
+    """Where a row and its dense runs decode differently, how."""
+    different = row["engine"] and row["dense_engine"] and row["engine"] != row["dense_engine"]
+    return f", {row['engine']} against {row['dense_engine']} dense" if different else ""
+
+
 def hardware_table(rows: pd.DataFrame) -> Table | None:
     """All efficiency rows; ``None`` if there are none. Numbers compete within one setting."""
     if rows.empty:
@@ -104,7 +113,7 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
         entries = [
             word(row["model"]),
             word(row["device"]),
-            word(f"{row['regime']}{predicted}"),
+            word(f"{row['regime']}{predicted}{_engines(row)}"),
             word("?" if row["output_tokens"] is None else row["output_tokens"]),
             word(row["method"]),
             word(budget(row["keep"])),
@@ -112,6 +121,7 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
             *(significant(row[name] / scales[name][0]) for name in BYTES),
             *(number(factor * row[name]) for name, (_, factor) in RATES.items()),
             number(row["speedup"], 2, "no dense row with this device, regime and output length"),
+            number(row["repeats"], 0),
         ]
         body.append(Row(tuple(entries), "/".join(str(row[name]) for name in SETTING)))
     columns = (
@@ -125,10 +135,11 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
         *(Column(name, f"{heading} {scales[name][1]}", "lower") for name, heading in BYTES.items()),
         *(Column(name, heading) for name, (heading, _) in RATES.items()),
         Column("speedup", "Speed-up", "higher"),
+        Column("repeats", "Pairs"),
     )
     caption = (
         "Medians over repeats, ± half the distance between the quartiles, at a forced output length; dense runs in"
-        " the same process and kernel. Speed-up is dense end-to-end time over the row's own (median over pairs). Rows"
+        " the same process. Speed-up is dense end-to-end time over the row's own (median over pairs). Rows"
         " marked predicted come from the roofline model, not from a measurement. Bold: best, underlined: second best"
         " of a setting."
     )
