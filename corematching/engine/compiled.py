@@ -199,8 +199,9 @@ class StaticDecoder:
         elif self._can_capture():
             counted = state.head_positions
             self._ffns = dict(state.ffn)  # type: ignore[arg-type]
-            for ffn in self._ffns.values():
-                ffn.index = ffn.index.clone()  # later prompts' neurons go there; the trace keeps this prompt's
+            with torch.inference_mode(False):
+                for ffn in self._ffns.values():
+                    ffn.index = ffn.index.clone()  # later prompts' neurons go there; the trace keeps this prompt's
             self._replay, _ = self.session.capture(self._advance)  # type: ignore[misc]
             state.head_positions = counted
             self._fill(state, cache, token)
