@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -280,6 +281,21 @@ def test_pairwise_speed_up_is_preferred(tmp_path):
     table = table_named(aggregate([tmp_path / "e"]), "hardware")
     column = [column.title for column in table.columns].index("Speed-up")
     assert [row.entries[column].text for row in table.rows] == ["1.00", "2.10"]
+
+
+def test_of_rows_for_one_line_the_latest_counts(tmp_path):
+    for seconds, end in (("20", 9.0), ("40", 8.0), ("30", 7.0)):
+        folder = write_efficiency_cell(tmp_path / "e", "fastv", 64, end_to_end_ms=end, dense_engine="eager")
+        record = json.loads((folder / "cell.json").read_text())
+        record["id"] = f"{seconds:0>16}"
+        record["provenance"]["finished"] = f"2026-01-01T00:00:{seconds}+00:00"
+        record["config"]["benchmark"]["version"] = seconds
+        write_cell(tmp_path / "f", record)
+    write_efficiency_cell(tmp_path / "f", "fastv", 192, end_to_end_ms=1.0, dense_engine="eager")
+    write_efficiency_cell(tmp_path / "f", "fastv", 64, end_to_end_ms=2.0, dense_engine="compiled", output_tokens=32)
+    found = aggregate([tmp_path / "f"])
+    assert sorted(found.efficiency["end_to_end_ms"]) == [1.0, 2.0, 8.0]
+    assert table_named(found, "hardware").notes == ("2 older rows for the same lines are left out.",)
 
 
 def test_predicted_rows_say_so(tmp_path):

@@ -47,7 +47,8 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
     -------
     pandas.DataFrame
         Empty if there are none; ``speedup`` is dense end-to-end time over the row's own, taken pair by pair where the
-        row says so (drift of the machine cancels), else from the dense row of the same setting.
+        row says so (drift of the machine cancels), else from the dense row of the same setting. Of rows for one line
+        of the table the one finished last counts; ``attrs["older"]`` is the number of others.
     """
     chosen = cells[(cells["kind"] == "efficiency") & cells["bench"].map(lambda row: isinstance(row, dict))]
     fields = [
@@ -76,12 +77,23 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         rows[name] = rows[name].where(rows[name].notna(), "")
     for name in fields[6:]:
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
+    rows, older = _latest(rows)
     dense = (
         rows[rows["method_name"] == "dense"].drop_duplicates(SETTING, keep="last").set_index(SETTING)["end_to_end_ms"]
     )
     times = [dense.get(tuple(setting), math.nan) for setting in rows[SETTING].itertuples(index=False)]
     unpaired = pd.Series(times, index=rows.index, dtype=float) / rows["end_to_end_ms"]
-    return rows.assign(speedup=rows["paired_speedup"].where(rows["paired_speedup"].notna(), unpaired))
+    rows = rows.assign(speedup=rows["paired_speedup"].where(rows["paired_speedup"].notna(), unpaired))
+    rows.attrs["older"] = older
+    return rows
+
+
+def _latest(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The rows without those that a later one replaces, such as after a change in how rows are measured."""
+    line = [*SETTING, "dtype", "method", "keep"]
+    order = rows["finished"].fillna("").astype(str).sort_values(kind="stable").index
+    kept = rows.loc[order].astype(dict.fromkeys(line, str)).drop_duplicates(line, keep="last").index.sort_values()
+    return rows.loc[kept].reset_index(drop=True), len(rows) - len(kept)
 
 
 def setting_title(row: pd.Series) -> str:
@@ -143,7 +155,9 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
         " marked predicted come from the roofline model, not from a measurement. Bold: best, underlined: second best"
         " of a setting."
     )
-    return mark(Table("hardware", "Time and memory", caption, columns, tuple(body)))
+    older = rows.attrs.get("older", 0)
+    notes = (f"{older} older rows for the same lines are left out.",) if older else ()
+    return mark(Table("hardware", "Time and memory", caption, columns, tuple(body), notes))
 
 
 def _order(row: pd.Series) -> tuple:
