@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corematching.engine.ffn import is_streamed
-
 if TYPE_CHECKING:
     from corematching.engine.session import Session
 
@@ -63,8 +61,7 @@ class CapturedPrefill:
     @staticmethod
     def covers(session: Session) -> bool:
         """Whether an installed method's prefill can be captured."""
-        layers = session.decoder.layers
-        return not any(session.after.values()) and not any(is_streamed(layer.mlp) for layer in layers)
+        return not session.streams and not any(session.after.values())
 
     def begin(self, length: int) -> None:
         """A prompt of ``length`` tokens comes; it may overwrite what others still have to choose neurons from."""

@@ -65,6 +65,9 @@ class Session:
         self.family = family_of(model.config)
         self.geometry = self.family.geometry(model.config)
         self.decoder: Any = self.family.decoder(model)
+        layers: Any = self.decoder.layers
+        self.streams = any(is_streamed(layer.mlp) for layer in layers)
+        """Whether FFN weights are on the device only while they are used (decided outside the method's context)."""
         stages = list(method.stages(self.geometry))
         self.blocks, self.output = stages_of(stages)
         self.before = _by_layer(stages, BeforeLayer)
@@ -279,7 +282,7 @@ class Session:
         """
         waiting = self.undecided.setdefault(cache, [])
         held = sum(other.activations.nbytes for _, other in waiting) + signals.activations.nbytes
-        if any(is_streamed(layer.mlp) for layer in self.decoder.layers) or held > MOST_HELD:
+        if self.streams or held > MOST_HELD:
             self._choose(self.states[cache], stage, signals)
         else:
             waiting.append((stage, signals))
