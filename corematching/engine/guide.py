@@ -51,7 +51,8 @@ class Reading:
     """Per sample, if early exit asked for it."""
     trace: Trace
     """The guide's passes, all samples of one pass after the other."""
-    tap: AttentionTap
+    scoring_flops: float
+    """Matrix products, per sample, that scoring the visual tokens took."""
     config: Any
 
     exits: list[bool] = field(default_factory=list)
@@ -61,7 +62,7 @@ class Reading:
         """One entry per prompt."""
         rows, samples = len(self.scores), self.trace.samples
         passes = [[samples[start + row] for start in range(0, len(samples), rows)] for row in range(rows)]
-        return [GuideTrace(self.config, own, row in self.final, self.tap.flops) for row, own in enumerate(passes)]
+        return [GuideTrace(self.config, own, row in self.final, self.scoring_flops) for row, own in enumerate(passes)]
 
     @property
     def final(self) -> set[int]:
@@ -193,14 +194,14 @@ class Guidance:
         with Dense()(self.model) as trace, tap.installed():
             if options is None:
                 self.model(**inputs, use_cache=True, logits_to_keep=1)
-                return Reading(tap.passes[0], None, None, trace, tap, self.model.config)
+                return Reading(tap.passes[0], None, None, trace, tap.flops, self.model.config)
             answers = self.model.generate(**inputs, **options)[:, ids.shape[1] :]
         counted = self._before_end(answers, options)
         scores = tap.passes[0]
         for step, received in enumerate(tap.passes[1:], start=1):
             # This pass was fed answer token step - 1; after a sample's end it was fed padding.
             scores = scores + received * counted[:, step, None]
-        reading = Reading(scores, answers, None, trace, tap, self.model.config)
+        reading = Reading(scores, answers, None, trace, tap.flops, self.model.config)
         if self.stage.early_exit is not None:
             reading.confidence = self._confidence(reading, inputs, valid, counted)
         return reading
