@@ -7,7 +7,6 @@ and say so.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -33,7 +32,7 @@ from corematching.errors import UserError
 from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Row, method_rows, model_identity, model_label
-from corematching.evaluation.records import new_record
+from corematching.evaluation.records import describe, new_record
 from corematching.methods.base import Method
 from corematching.models.families import family_of
 from corematching.results.store import Store
@@ -186,14 +185,9 @@ class Bench:
         except Exception as error:  # whatever went wrong belongs to this method, and the others go on
             self.failed += 1
             print(f"  {row.label} failed: {type(error).__name__}: {error}")
-            trouble = {
-                "type": type(error).__name__,
-                "message": str(error),
-                "traceback": "".join(traceback.format_exception(error)),
-            }
             for cell in self.cells(row):
                 if (self.store.read(cell.id) or {}).get("status") != "done":
-                    self._store(cell, started, {"status": "failed", "error": trouble})
+                    self._store(cell, started, {"status": "failed", "error": describe(error)})
 
     def _write(self, row: Row, measured: Measured, started: datetime, regime: str = "resident") -> None:
         for tokens, bench in measured.rows.items():

@@ -1,5 +1,6 @@
 """What every cell's record holds, whichever road it came by."""
 
+import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -47,4 +48,13 @@ def new_record(
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **origin,
         },
+    }
+
+
+def describe(error: Exception) -> dict[str, str]:
+    """An exception as a record keeps it."""
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
     }

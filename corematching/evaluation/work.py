@@ -1,14 +1,13 @@
 """One cell: claim it, compute it, store what came out, be it a result or a failure."""
 
 import time
-import traceback
 from datetime import UTC, datetime
 from typing import Any
 
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
-from corematching.evaluation.records import new_record
+from corematching.evaluation.records import describe, new_record
 from corematching.results.store import Store
 
 
@@ -39,12 +38,3 @@ def finished(record: dict[str, Any] | None, experiment: Experiment) -> bool:
     if record is None or record["status"] == "failed":
         return False
     return record["status"] == "done" or experiment.settings["judge"]["name"] == "none"
-
-
-def describe(error: Exception) -> dict[str, str]:
-    """An exception as a record keeps it."""
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
-    }
