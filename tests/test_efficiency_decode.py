@@ -1,4 +1,4 @@
-"""Fast decoding: static shapes, lazily gathered neurons and the gathering kernel answer like the plain path."""
+"""Fast decoding: static shapes, neurons read in place or gathered lazily, and kernels answer like the plain path."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from conftest import IMAGE_TOKENS, left_pad, make_prompt
 from torch.utils._pytree import tree_leaves
 
 import corematching as cm
+from corematching import kernels
 from corematching.engine import compiled, ffn
 from corematching.engine.compiled import decoder_of, generate, prefill
 from corematching.registry import group_names
@@ -86,13 +87,10 @@ def test_captured_steps_decode_with_each_prompts_own_neurons(random_llava, promp
 
         return replay, None
 
-    monkeypatch.setattr(ffn.SlicedFFN, "capturable", True)
+    monkeypatch.setattr(kernels, "CACHED_BYTES", 0)  # rows read in place, as the captured list of neurons names them
     other = {**prompts[0], "pixel_values": -prompts[0]["pixel_values"]}
     with cm.build_method("core_neurons", keep=0.3)(random_llava) as trace, torch.inference_mode():
         session = random_llava._corematching
-        # As with the kernel: what is replayed reads the rows that the captured list of neurons names.
-        session.build_ffn = lambda mlp, index: ffn.SlicedFFN(mlp, index[0])
-        monkeypatch.setattr(ffn.SlicedFFN, "_gathered", regather)
         plain = [generate(random_llava, inputs, 6) for inputs in (prompts[0], other)]
         expected = trace.drain()
         session.capture = capture
@@ -101,13 +99,6 @@ def test_captured_steps_decode_with_each_prompts_own_neurons(random_llava, promp
         assert all(map(torch.equal, answers, plain))
         for sample, own in zip(trace.samples, expected, strict=True):
             assert all(map(torch.equal, sample.neurons, own.neurons))
-
-
-def regather(self):
-    """Rows of the neurons listed now, kept nowhere, as the kernel reads them."""
-    self._gather()
-    rows, self.rows = self.rows, None
-    return rows
 
 
 @pytest.mark.parametrize("length", [2, 3])
@@ -207,9 +198,58 @@ def test_prompts_that_take_turns_do_not_read_each_others_neurons(mlp):
     assert ours.rows is theirs.rows, "room is kept from prompt to prompt"
 
 
+@pytest.fixture
+def large(mlp, monkeypatch):
+    """An FFN that counts as too big for the cache, stored neuron by neuron."""
+    monkeypatch.setattr(kernels, "CACHED_BYTES", 0)
+    restore = ffn.neuron_major(mlp)
+    yield mlp
+    restore()
+
+
+@pytest.mark.parametrize("count", [1, 5, 47, 48])
 @torch.no_grad()
-def test_gathering_waits_until_it_repays(mlp, monkeypatch):
-    monkeypatch.setattr(ffn, "CACHED_BYTES", 0)
+def test_a_large_ffn_reads_chosen_neurons_in_place(large, count):
+    index, x = torch.randperm(48)[:count].sort().values, torch.randn(1, 1, 32)
+    chosen = ffn.FFNBuilder()(large, index[None])
+    assert torch.allclose(chosen(x), reference(large, index, x), atol=1e-6)
+    assert torch.equal(chosen(x), chosen(x))
+    assert chosen.masked_steps == 0
+    assert chosen.rows is None, "nothing was copied"
+    # Weights of the others are not even looked at.
+    others = torch.ones(48, dtype=torch.bool).index_fill(0, index, False)
+    kept = [weight.clone() for weight in (large.gate_proj.weight, large.down_proj.weight)]
+    large.gate_proj.weight[others], large.down_proj.weight.t()[others] = torch.nan, torch.nan
+    assert torch.isfinite(chosen(x)).all()
+    large.gate_proj.weight.copy_(kept[0]), large.down_proj.weight.copy_(kept[1])
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("name", ["core_neurons", "corematching", "coreinfer"])
+def test_neurons_read_in_place_answer_like_gathered_ones(name, engine, random_llava, prompts, monkeypatch):
+    answers = []
+    for cached in (kernels.CACHED_BYTES, 0):
+        monkeypatch.setattr(kernels, "CACHED_BYTES", cached)
+        with cm.build_method(name, **PARAMETERS.get(name, {}))(random_llava) as trace:
+            answers.append(generate(random_llava, prompts[0], 6, engine=engine))
+            (sample,) = trace.drain()
+            assert sample.ffn_mode == "sliced"
+    assert torch.equal(*answers)
+
+
+@torch.no_grad()
+def test_several_tokens_at_once_gather_instead(large):
+    index, x = torch.tensor([3, 4, 20, 47]), torch.randn(2, 1, 32)
+    for build in (ffn.FFNBuilder(), ffn.FFNBuilder().once):
+        chosen = build(large, index.expand(2, -1))
+        assert torch.allclose(chosen(x), reference(large, index, x), atol=1e-6)
+        assert chosen.rows is not None
+
+
+@torch.no_grad()
+def test_gathering_waits_until_it_repays(large, monkeypatch):
+    mlp = large
+    monkeypatch.setattr(kernels.in_place, "DTYPES", {torch.float64})  # as if it were half precision
     build, x = ffn.FFNBuilder(), torch.randn(1, 1, 32)
     most = build(mlp, torch.arange(36)[None])  # 1.4 x 0.75 / 0.25 = 4.2 steps repay
     for _ in range(4):
@@ -228,16 +268,17 @@ def test_gathering_waits_until_it_repays(mlp, monkeypatch):
 
 
 @torch.no_grad()
-def test_choosing_for_one_step_gathers_only_where_that_is_cheaper(mlp, monkeypatch):
-    monkeypatch.setattr(ffn, "CACHED_BYTES", 0)
+def test_choosing_for_one_step_gathers_only_where_that_is_cheaper(large, monkeypatch):
     build = ffn.FFNBuilder()
-    assert build.once(mlp, torch.arange(40)[None]).mode == "masked"
-    assert build.once(mlp, torch.arange(5)[None]).mode == "sliced"
+    assert build.once(large, torch.arange(40)[None]).mode == "sliced", "in place nothing is gathered"
+    monkeypatch.setattr(kernels.in_place, "DTYPES", {torch.float64})
+    assert build.once(large, torch.arange(40)[None]).mode == "masked"
+    assert build.once(large, torch.arange(5)[None]).mode == "sliced"
 
 
 @torch.no_grad()
 def test_neuron_major_storage_changes_no_value_and_is_undone(mlp, monkeypatch):
-    monkeypatch.setattr(ffn, "CACHED_BYTES", 0)
+    monkeypatch.setattr(kernels, "CACHED_BYTES", 0)
     before, x = mlp.down_proj.weight.clone(), torch.randn(3, 32)
     dense = mlp(x)
     restore = ffn.neuron_major(mlp)

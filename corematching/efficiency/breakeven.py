@@ -10,64 +10,63 @@ import torch
 
 from corematching import kernels
 from corematching.efficiency.latency import clock
-from corematching.engine.ffn import MaskedFFN, Rows, SlicedFFN, neuron_major
+from corematching.engine.ffn import MaskedFFN, SlicedFFN, neuron_major
 
 
 @dataclass(frozen=True)
 class BreakEven:
     """Medians in seconds, one FFN."""
 
-    dense_step: float
-    sliced_step: float
+    in_place: bool
+    """Whether steps before gathering read chosen rows where they lie; else they are dense."""
+    before: float
+    """One step before gathering."""
+    after: float
+    """One step on gathered rows."""
     gather: float
 
     @property
     def steps(self) -> float:
-        """Decode steps that repay the gathering; infinite if a sliced step is no faster."""
-        saved = self.dense_step - self.sliced_step
+        """Decode steps that repay the gathering; infinite if a step on gathered rows is no faster."""
+        saved = self.before - self.after
         return self.gather / saved if saved > 0 else float("inf")
 
     def __str__(self) -> str:
-        times = (1e3 * value for value in (self.gather, self.dense_step, self.sliced_step))
-        gather, dense, sliced = (f"{value:.2f} ms" for value in times)
-        return f"gathering {gather}, dense step {dense}, sliced step {sliced}: repaid after {self.steps:.1f} steps"
+        gather, before, after = (f"{1e3 * value:.2f} ms" for value in (self.gather, self.before, self.after))
+        kind = "rows read in place" if self.in_place else "dense step"
+        end = "never repaid" if self.steps == float("inf") else f"repaid after {self.steps:.1f} steps"
+        return f"{kind} {before}, rows gathered {after}, gathering {gather}: {end}"
 
 
-def measure_break_even(mlp: Any, keep: float, repeats: int = 9) -> BreakEven | None:
-    """Measure one FFN; None where a kernel gathers while it reads, so that there is nothing to repay.
+def measure_break_even(mlp: Any, keep: float, repeats: int = 9) -> BreakEven:
+    """Measure one FFN of a model.
 
     Parameters
     ----------
     mlp
-        A gated FFN of the model.
+        A gated FFN of the model; unchanged afterwards.
     keep
         Kept fraction of its width.
     """
     weight = mlp.gate_proj.weight
-    if kernels.available(weight.device):
-        return None
     width, hidden = weight.shape
     generator = torch.Generator().manual_seed(0)
     index = torch.randperm(width, generator=generator)[: max(1, int(width * keep))].sort().values.to(weight.device)
     x = torch.randn(1, 1, hidden, generator=generator).to(weight.device, weight.dtype)
     restore = neuron_major(mlp)
-    times: dict[str, list[float]] = {"dense": [], "sliced": [], "gather": []}
+    times: dict[str, list[float]] = {"before": [], "after": [], "gather": []}
     try:
         with torch.inference_mode():
-            masked = MaskedFFN(mlp, index[None])
-            sliced = SlicedFFN(mlp, index, Rows.like(mlp, len(index)))
-            sliced(x)  # touches the buffers' pages, as the first prompt of a run does
-            for _ in range(repeats):
-                for name, work in (("dense", masked), ("sliced", sliced)):
+            in_place = kernels.usable(mlp, x)
+            before = SlicedFFN(mlp, index) if in_place else MaskedFFN(mlp, index[None])
+            after = SlicedFFN(mlp, index, copied=True)
+            work = {"before": lambda: before(x), "after": lambda: after(x), "gather": after.gather}
+            for repeat in range(repeats + 1):
+                for name, run in work.items():
                     start = clock(weight.device)
-                    work(x)
-                    times[name].append(clock(weight.device) - start)
-                assert sliced.rows is not None
-                sliced.rows.owner = None
-                start = clock(weight.device)
-                sliced(x)
-                times["gather"].append(clock(weight.device) - start)
+                    run()
+                    if repeat:  # the first turn touches memory for the first time
+                        times[name].append(clock(weight.device) - start)
     finally:
         restore()
-    gather = max(0.0, median(times["gather"]) - median(times["sliced"]))
-    return BreakEven(median(times["dense"]), median(times["sliced"]), gather)
+    return BreakEven(in_place, **{name: median(values) for name, values in times.items()})

@@ -2,8 +2,9 @@
 
 A neuron of a gated FFN is one row of the gate weight, one row of the up weight and one column of the down weight.
 :func:`neuron_major` stores the down weight so that its columns are contiguous too; then choosing neurons means reading
-whole rows. On a GPU a kernel reads them inside the matrix-vector product (:mod:`corematching.kernels`). On a CPU
-they are gathered once per prompt into buffers that outlive it, and only when the answer is long enough to repay that.
+whole rows, where they lie, inside the matrix-vector product (:mod:`corematching.kernels`). What no kernel covers (half
+precision on a CPU, several tokens at once) gathers them once per prompt into buffers that outlive it, and on a CPU only
+when the answer is long enough to repay that.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from corematching import kernels
 GATHER_COST = 1.4
 """What gathering costs on a CPU per kept share, in dense steps: a gathered byte is read and written, in random order.
 ``corematching.efficiency.breakeven`` measures it; on the machine this was written on, 1.2 to 1.6 for 10 % to 80 %."""
-CACHED_BYTES = 2**23
-"""FFNs up to this size sit in a CPU's last-level cache, where gathering costs next to nothing."""
 
 
 def steps_to_repay(share: float) -> float:
@@ -40,7 +39,7 @@ def neuron_major(mlp: Any) -> Callable[[], None]:
     A function that restores the original storage order, and with it bit-identical results.
     """
     down = mlp.down_proj.weight
-    if is_streamed(mlp) or down.data.t().is_contiguous() or _cheap_to_gather(mlp):
+    if is_streamed(mlp) or down.data.t().is_contiguous() or kernels.fits_cache(mlp):
         return lambda: None
     with torch.inference_mode(False), torch.no_grad():
         down.data = down.data.t().contiguous().t()
@@ -107,7 +106,7 @@ class SlicedFFN:
             for linear in (mlp.gate_proj, mlp.up_proj)
         )
         if copied:
-            self._gather()
+            self.gather()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, q, d] -> [B, q, d]."""
@@ -129,7 +128,7 @@ class SlicedFFN:
     @property
     def capturable(self) -> bool:
         """Whether repeating its kernels for another prompt's neurons, copied into ``index`` or its rows, is enough."""
-        return self.copied or (kernels.available(self.index.device) and kernels.covers(self.mlp))
+        return self.copied or kernels.covers(self.mlp)
 
     def check_rows(self) -> None:
         """Refuse to compute with another prompt's rows.
@@ -148,11 +147,12 @@ class SlicedFFN:
     def _gathered(self) -> Rows:
         if self.rows is None or self.rows.owner is not self.key:
             self.check_rows()
-            self._gather()
+            self.gather()
         assert self.rows is not None
         return self.rows
 
-    def _gather(self) -> None:
+    def gather(self) -> None:
+        """Copy the neurons' rows into the room, its own if it was given none."""
         if self.rows is None:
             self.rows = Rows.like(self.mlp, len(self.index))
         rows, count = self.rows, len(self.index)
@@ -208,24 +208,24 @@ class FFNBuilder:
         if not _rows_agree(index):
             return MaskedFFN(mlp, index)
         if is_streamed(mlp):
-            return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]), copied=True)
+            return SlicedFFN(mlp, index[0], self._room(mlp, index), copied=True)
         # An answer that has lasted until gathering repays is expected to last at least as long again.
-        repaid = round(steps_to_repay(index.shape[1] / mlp.gate_proj.weight.shape[0])) if _copies(mlp) else 0
+        repaid = round(steps_to_repay(index.shape[1] / mlp.gate_proj.weight.shape[0])) if _copies(mlp, index) else 0
         patience = repaid if self.gather_after is None else self.gather_after
-        return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]), patience)
+        return SlicedFFN(mlp, index[0], self._room(mlp, index), patience)
 
     def once(self, mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
         """The FFN of one single step, for methods that choose anew for every token."""
         weight = mlp.gate_proj.weight
-        too_many = _copies(mlp) and steps_to_repay(index.shape[1] / weight.shape[0]) > 1
+        too_many = _copies(mlp, index) and steps_to_repay(index.shape[1] / weight.shape[0]) > 1
         if is_streamed(mlp) or not _rows_agree(index) or too_many:
             return MaskedFFN(mlp, index)
-        return SlicedFFN(mlp, index[0], self._room(mlp, index.shape[1]))
+        return SlicedFFN(mlp, index[0], self._room(mlp, index))
 
-    def _room(self, mlp: Any, count: int) -> Rows | None:
-        if kernels.available(mlp.gate_proj.weight.device) and not is_streamed(mlp):
+    def _room(self, mlp: Any, index: Tensor) -> Rows | None:
+        if _in_place(mlp, index):
             return None
-        rows = self._rows.get(id(mlp))
+        rows, count = self._rows.get(id(mlp)), index.shape[1]
         if rows is None or len(rows.down) != count:
             rows = self._rows[id(mlp)] = Rows.like(mlp, count)
         return rows
@@ -240,11 +240,12 @@ def _rows_agree(index: Tensor) -> bool:
     return index.shape[0] == 1 or bool((index == index[:1]).all())
 
 
-def _copies(mlp: Any) -> bool:
-    """Whether gathering its neurons means copying much."""
-    return mlp.gate_proj.weight.device.type == "cpu" and not _cheap_to_gather(mlp)
+def _in_place(mlp: Any, index: Tensor) -> bool:
+    """Whether decode steps of so many rows (one per sample) read their neurons where they lie."""
+    return index.shape[0] == 1 and not is_streamed(mlp) and kernels.covers(mlp)
 
 
-def _cheap_to_gather(mlp: Any) -> bool:
-    weight = mlp.gate_proj.weight
-    return weight.device.type == "cpu" and 3 * weight.numel() * weight.element_size() <= CACHED_BYTES
+def _copies(mlp: Any, index: Tensor) -> bool:
+    """Whether reading these neurons means copying much first."""
+    on_cpu = mlp.gate_proj.weight.device.type == "cpu"
+    return on_cpu and not kernels.fits_cache(mlp) and not _in_place(mlp, index)

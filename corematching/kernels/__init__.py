@@ -1,4 +1,7 @@
-"""The GPU kernels, and when they can be used. Triton is imported only then."""
+"""FFNs that read chosen neurons where they lie, core neurons without sorting, and when they can be used.
+
+Triton is imported only where a GPU uses it.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +12,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching.kernels import in_place
+
 _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "ReLU": "relu"}
+CACHED_BYTES = 2**23
+"""FFNs up to this size sit in a CPU's last-level cache, where copied rows are as good."""
 
 
 @cache
 def available(device: torch.device) -> bool:
-    """Whether kernels can run on a device: CUDA with Triton installed."""
+    """Whether Triton kernels can run on a device: CUDA with Triton installed."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
 def activation_of(mlp: Any) -> str | None:
-    """The kernels' name of an FFN's activation function, None if they do not know it."""
+    """The Triton kernels' name of an FFN's activation function, None if they do not know it."""
     return _ACTIVATIONS.get(type(mlp.act_fn).__name__)
 
 
 def usable(mlp: Any, x: Tensor) -> bool:
-    """Whether the gathering FFN kernel can compute this call: on a GPU, for one token."""
-    return available(x.device) and x.numel() == x.shape[-1] and covers(mlp)
+    """Whether this call can read chosen neurons in place: one token, and an FFN that is covered."""
+    return x.numel() == x.shape[-1] and covers(mlp)
 
 
 def covers(mlp: Any) -> bool:
-    """Whether the gathering FFN kernel knows such an FFN: no biases, a known activation, neuron-major."""
-    return (
-        activation_of(mlp) is not None
-        and all(linear.bias is None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        and mlp.down_proj.weight.t().is_contiguous()
-    )
+    """Whether an FFN's neurons can be read in place: no biases, neuron-major, and what its device can compute.
+
+    On a GPU that is a known activation; on a CPU a full-precision FFN too big for the cache.
+    """
+    weight = mlp.gate_proj.weight
+    if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+        return False
+    if not mlp.down_proj.weight.t().is_contiguous():
+        return False
+    if weight.device.type == "cpu":
+        return weight.dtype in in_place.DTYPES and not fits_cache(mlp)
+    return available(weight.device) and activation_of(mlp) is not None
+
+
+def fits_cache(mlp: Any) -> bool:
+    """Whether an FFN sits in a CPU's cache."""
+    weight = mlp.gate_proj.weight
+    return weight.device.type == "cpu" and 3 * weight.numel() * weight.element_size() <= CACHED_BYTES
 
 
 def gather_ffn(mlp: Any, index: Tensor, x: Tensor) -> Tensor:
     """The FFN of one token, [1, 1, d] -> [1, 1, d], reading only the rows of the neurons ``index`` (long [k])."""
+    weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t()
+    if x.device.type == "cpu":
+        return in_place.gather_ffn(*weights, index, x, mlp.act_fn)
     from corematching.kernels.gather import gather_ffn as launch
 
     activation = activation_of(mlp)
     assert activation is not None
     with torch.cuda.device(x.device):
-        return launch(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t(), index, x, activation)
+        return launch(*weights, index, x, activation)
 
 
 def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
