@@ -249,29 +249,29 @@ def test_several_tokens_at_once_gather_instead(large):
 @torch.no_grad()
 def test_gathering_waits_until_it_repays(large, monkeypatch):
     mlp = large
-    monkeypatch.setattr(kernels.in_place, "DTYPES", {torch.float64})  # as if it were half precision
+    monkeypatch.setattr(kernels.cpu_ffn, "DTYPES", {torch.float64})  # as if it were half precision
     build, x = ffn.FFNBuilder(), torch.randn(1, 1, 32)
-    most = build(mlp, torch.arange(36)[None])  # 1.4 x 0.75 / 0.25 = 4.2 steps repay
-    for _ in range(4):
+    most = build(mlp, torch.arange(36)[None])  # 1.7 x 0.75 / 0.25 = 5.1 steps repay
+    for _ in range(5):
         most(x)
         assert most.rows.owner is None
     most(x)
     assert most.rows.owner is most.key
-    soon_over = build(mlp, torch.arange(29)[None])  # two steps repay
-    soon_over.most_steps = 3
-    for _ in range(3):
+    soon_over = build(mlp, torch.arange(29)[None])  # three steps repay
+    soon_over.most_steps = 5
+    for _ in range(5):
         soon_over(x)
-        assert soon_over.rows.owner is not soon_over.key, "after two steps, one is left"
+        assert soon_over.rows.owner is not soon_over.key, "after three steps, two are left"
     few = build(mlp, torch.arange(10)[None])
     few(x)
-    assert few.rows.owner is few.key, "0.37 steps: the first one repays it"
+    assert few.rows.owner is few.key, "0.45 steps: the first one repays it"
 
 
 @torch.no_grad()
 def test_choosing_for_one_step_gathers_only_where_that_is_cheaper(large, monkeypatch):
     build = ffn.FFNBuilder()
     assert build.once(large, torch.arange(40)[None]).mode == "sliced", "in place nothing is gathered"
-    monkeypatch.setattr(kernels.in_place, "DTYPES", {torch.float64})
+    monkeypatch.setattr(kernels.cpu_ffn, "DTYPES", {torch.float64})
     assert build.once(large, torch.arange(40)[None]).mode == "masked"
     assert build.once(large, torch.arange(5)[None]).mode == "sliced"
 
@@ -376,7 +376,7 @@ def test_batches_and_eager_prompts_are_not_captured(random_llava, prompts):
 
 GATHERING = """
 import torch
-from corematching.kernels.gather import gather_ffn
+from corematching.kernels.gpu_ffn import gather_ffn
 torch.manual_seed(0)
 for width, d, k, name, act in ((90, 192, 77, "silu", torch.nn.functional.silu), (64, 600, 64, "relu", torch.relu),
                                (70, 512, 1, "silu", torch.nn.functional.silu)):
@@ -389,11 +389,12 @@ for width, d, k, name, act in ((90, 192, 77, "silu", torch.nn.functional.silu), 
 
 CHOOSING = """
 import torch
-from corematching.kernels.core import core_neurons
+from corematching.kernels.MODULE import core_neurons
 from corematching.methods.core import sentence_core_neurons, token_core_neurons
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    for batch, n, width, rho, count in ((2, 7, 90, 0.2, 36), (1, 1, 64, 1.0, 64), (1, 30, 70, 0.013, 1)):
+    for batch, n, width, rho, count in ((2, 7, 90, 0.2, 36), (1, 1, 64, 1.0, 64), (1, 30, 70, 0.013, 1),
+                                          (2, 150, 40, 0.3, 20)):
         acts = (torch.randn(batch, n, width) * 10.0 ** torch.randint(-8, 4, (batch, n, 1))).to(dtype)
         acts[:, 0] = -acts[:, 0].abs()  # a token without core neurons
         acts[:, -1] = acts[:, -1].sign()  # and one whose threshold all its neurons share
@@ -403,24 +404,27 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 """
 
 
-@pytest.mark.parametrize("source", [GATHERING, CHOOSING], ids=["gathering", "choosing"])
-def test_kernels_compute_what_the_plain_path_computes(source):
-    """Triton's interpreter runs the kernel's source on the CPU; it must be chosen before Triton is imported."""
+SOURCES = {"gathering": GATHERING, **{kind: CHOOSING.replace("MODULE", kind) for kind in ("gpu_core", "cpu_core")}}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_kernels_compute_what_the_plain_path_computes(name):
+    """Triton's interpreter runs a GPU kernel's source on the CPU; it must be chosen before Triton is imported."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SOURCES[name]], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 TILE = {"ROWS": 4, "COLUMNS": 512, "RELU": False}
 KERNELS = {
-    "gather._activate": ("x:p gate:p up:p index:*i64 out:*fp32 k:i32 d:i32", TILE),
-    "gather._add_up": ("act:*fp32 down:p index:*i64 out:*fp32 k:i32 d:i32 per_slice:i32", {"CHUNK": 8, "WIDTH": 256}),
-    "core._vote": (
+    "gpu_ffn._activate": ("x:p gate:p up:p index:*i64 out:*fp32 k:i32 d:i32", TILE),
+    "gpu_ffn._add_up": ("act:*fp32 down:p index:*i64 out:*fp32 k:i32 d:i32 per_slice:i32", {"CHUNK": 8, "WIDTH": 256}),
+    "gpu_core._vote": (
         "activations:p valid:*u8 wanted:*i32 votes:*i32 width:i32 length:i32",
         {"ZERO_BITS": 16, "BLOCK": 16384},
     ),
-    "core._elect": ("votes:*i32 out:*i64 width:i32 count:i32", {"BITS": 34, "BLOCK": 16384}),
+    "gpu_core._elect": ("votes:*i32 out:*i64 width:i32 count:i32", {"BITS": 34, "BLOCK": 16384}),
 }
 
 

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from corematching import kernels
 
-GATHER_COST = 1.4
+GATHER_COST = 1.7
 """What gathering costs on a CPU per kept share, in dense steps: a gathered byte is read and written, in random order.
-``corematching.efficiency.breakeven`` measures it; on the machine this was written on, 1.2 to 1.6 for 10 % to 80 %."""
+``corematching.efficiency.breakeven`` measures it; for bfloat16 on the machine this was written on, 1.6 to 2.0."""
 
 
 def steps_to_repay(share: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corematching.kernels import in_place
+from corematching.kernels import cpu_core, cpu_ffn
 
 _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "ReLU": "relu"}
 CACHED_BYTES = 2**23
@@ -21,8 +21,8 @@ CACHED_BYTES = 2**23
 
 @cache
 def available(device: torch.device) -> bool:
-    """Whether Triton kernels can run on a device: CUDA with Triton installed."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    """Whether there are kernels for a device: a CPU, or CUDA with Triton installed."""
+    return device.type == "cpu" or (device.type == "cuda" and find_spec("triton") is not None)
 
 
 def activation_of(mlp: Any) -> str | None:
@@ -46,7 +46,7 @@ def covers(mlp: Any) -> bool:
     if not mlp.down_proj.weight.t().is_contiguous():
         return False
     if weight.device.type == "cpu":
-        return weight.dtype in in_place.DTYPES and not fits_cache(mlp)
+        return weight.dtype in cpu_ffn.DTYPES and not fits_cache(mlp)
     return available(weight.device) and activation_of(mlp) is not None
 
 
@@ -60,8 +60,8 @@ def gather_ffn(mlp: Any, index: Tensor, x: Tensor) -> Tensor:
     """The FFN of one token, [1, 1, d] -> [1, 1, d], reading only the rows of the neurons ``index`` (long [k])."""
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t()
     if x.device.type == "cpu":
-        return in_place.gather_ffn(*weights, index, x, mlp.act_fn)
-    from corematching.kernels.gather import gather_ffn as launch
+        return cpu_ffn.gather_ffn(*weights, index, x, mlp.act_fn)
+    from corematching.kernels.gpu_ffn import gather_ffn as launch
 
     activation = activation_of(mlp)
     assert activation is not None
@@ -70,8 +70,10 @@ def gather_ffn(mlp: Any, index: Tensor, x: Tensor) -> Tensor:
 
 
 def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
-    """:func:`corematching.methods.core.core_neurons` in two launches, without synchronising."""
-    from corematching.kernels.core import core_neurons as launch
+    """:func:`corematching.methods.core.core_neurons`; on a GPU in two launches, without synchronising."""
+    if activations.device.type == "cpu":
+        return cpu_core.core_neurons(activations, valid, rho, count)
+    from corematching.kernels.gpu_core import core_neurons as launch
 
     with torch.cuda.device(activations.device):
         return launch(activations, valid, rho, count)

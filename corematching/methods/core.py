@@ -21,8 +21,8 @@ def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> 
     valid
         Bool [B, n].
     rho, count
-        As in :func:`token_core_neurons` and :func:`sentence_core_neurons`, whose composition this is; on a GPU a kernel
-        does it without sorting.
+        As in :func:`token_core_neurons` and :func:`sentence_core_neurons`, whose composition this is; kernels do it
+        without sorting.
 
     Returns
     -------
@@ -50,30 +50,14 @@ def token_core_neurons(activations: Tensor, rho: float) -> Tensor:
     -------
     Bool [..., I].
     """
-    total = count_true(activations > 0)[..., None]
+    total = (activations > 0).sum(-1, keepdim=True)
     # The small constant keeps 0.2 * 35 = 7.000000000000001-type products and their 6.99... twins on the intended side.
     wanted = (total.double() * rho + 1e-9).floor().long().clamp(min=1)
-    wanted = wanted.minimum(total.clamp(min=1).long())
-    if activations.device.type == "cpu":
-        # Sorting is what costs: select the deepest top first, then sort only the part where tokens' thresholds lie.
-        most, fewest = int(wanted.max()), int(wanted.min())
-        largest = activations.topk(most, dim=-1, sorted=False).values
-        lowest = largest.topk(most - fewest + 1, dim=-1, largest=False).values
-        threshold = lowest.gather(-1, most - wanted)
-    else:  # asking for these counts would synchronise
-        most = max(1, min(activations.shape[-1], int(activations.shape[-1] * rho + 1e-9)))
-        threshold = activations.topk(most, dim=-1).values.gather(-1, wanted - 1)
+    wanted = wanted.minimum(total.clamp(min=1))
+    most = max(1, min(activations.shape[-1], int(activations.shape[-1] * rho + 1e-9)))
+    threshold = activations.topk(most, dim=-1).values.gather(-1, wanted - 1)
     # A token without positive activations has no core neurons: its threshold is not positive, so nothing may reach it.
     return activations >= threshold.masked_fill(total == 0, torch.inf)
-
-
-def count_true(mask: Tensor) -> Tensor:
-    """Number of True entries along the last dimension, exact in float32.
-
-    A product with ones: on CPU several times faster than summing booleans.
-    """
-    values = mask.float()
-    return values @ values.new_ones(values.shape[-1])
 
 
 def sentence_core_neurons(token_core: Tensor, valid: Tensor, count: int) -> Tensor:
