@@ -25,12 +25,11 @@ import transformers
 from omegaconf import OmegaConf
 
 from corematching import build_method, kernels, load_model, registry
-from corematching.efficiency.hardware import load_hardware, this_machine
+from corematching.efficiency.hardware import dtype_name, load_hardware
 from corematching.efficiency.latency import CAPTURE_WARM_UPS, Spread, clock, fixed_inputs
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks, measure_peaks
-from corematching.efficiency.roofline import at_depth
-from corematching.efficiency.rows import Protocol, measure, predicted_row
+from corematching.efficiency.rows import Protocol, measure, predicted_rows
 from corematching.efficiency.table import run_table
 from corematching.engine.compiled import generate
 from corematching.engine.ffn import MaskedFFN, SlicedFFN, neuron_major
@@ -77,7 +76,7 @@ class Session:
         )
         self.full_depth = int(OmegaConf.load(registry.CONF / "model" / f"{options.model}.yaml").layers)
         self.inputs = fixed_inputs(self.model)
-        self.dtype = str(self.model.dtype).removeprefix("torch.")
+        self.dtype = dtype_name(self.model.dtype)
         self.peaks: Peaks = measure_peaks(self.device, self.model.dtype, tries=2 if dry else 7)
         self.records: list[dict[str, Any]] = []
         self.by_name: dict[tuple[str, Any, str], Any] = {}
@@ -159,7 +158,6 @@ def check_engines(session: Session) -> dict[str, int]:
 
 def resident(session: Session) -> None:
     """Every method with all weights on the device, dense in turns with it; and the roofline model's word on it."""
-    here = this_machine(session.peaks, session.model.dtype, session.device)
     for name, keep, parameters in SUBJECTS:
         print(f"  {name} {keep} ...", flush=True)
         measured = measure(
@@ -171,9 +169,7 @@ def resident(session: Session) -> None:
             session.peaks,
         )
         session.by_name[name, keep, "resident"] = measured
-        for tokens, bench in measured.rows.items():
-            guess = predicted_row(session.model.config, measured.trace, tokens, here, session.dtype)
-            bench["predicted_over_measured"] = guess["end_to_end_ms"] / bench["end_to_end_ms"]
+        for bench in measured.rows.values():
             session.add(name, keep, bench)
         session.save()
 
@@ -199,15 +195,14 @@ def predictions(session: Session) -> None:
         if profile == "this":
             continue
         hardware = load_hardware(profile)
-        dtype = session.dtype if session.dtype in hardware.flops else "float16"
         for name, keep in LIMITED:
-            trace = session.by_name[name, keep, "resident"].trace
+            trace, lengths = session.by_name[name, keep, "resident"].trace, session.protocol.output_tokens
             try:
-                config, whole = at_depth(session.model.config, trace, session.full_depth)
-                for tokens in session.protocol.output_tokens:
-                    row = predicted_row(config, whole, tokens, hardware, dtype)
-                    extrapolated = {"from_layers": len(trace.llm_tokens)} if whole is not trace else {}
-                    session.add(name, keep, row | extrapolated)
+                found = predicted_rows(
+                    session.model.config, trace, lengths, hardware, session.dtype, session.full_depth
+                )
+                for bench in found.rows.values():
+                    session.add(name, keep, bench)
             except UserError as error:
                 print(f"  no prediction for {name} {keep} on {hardware.name}: {error}")
     session.save()

@@ -21,7 +21,7 @@ from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds,
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks
 from corematching.efficiency.roofline import Hardware, Sizes, at_depth, decode_bytes, predict
-from corematching.efficiency.rows import Protocol, measure, predicted_row
+from corematching.efficiency.rows import Protocol, measure, predicted_rows
 from corematching.engine.compiled import generate
 from corematching.registry import group_names
 from corematching.results.store import Store
@@ -93,8 +93,11 @@ def test_every_hardware_profile_predicts(random_llava):
     assert {profile.name.split()[0] for profile in profiles} == {"NVIDIA"}
     times = {hardware.name: predict(random_llava.config, sample, hardware, "float16") for hardware in profiles}
     assert times["NVIDIA H200 SXM"].decode_per_token < times["NVIDIA Titan Xp"].decode_per_token
-    row = predicted_row(random_llava.config, sample, 32, profiles[0], "float16")
-    assert row["predicted"] is True
+    found = predicted_rows(random_llava.config, sample, [1, 32], load_hardware("titan_xp"), "bfloat16")
+    assert {row["predicted"] for row in found.rows.values()} == {True}
+    assert {row["dtype"] for row in found.rows.values()} == {"float16"}, "Pascal has no bfloat16"
+    assert found.rows[1]["decode_ms_per_token"] is None
+    assert "from_layers" not in found.rows[32]
     with pytest.raises(cm.UserError, match=r"unknown hardware 'gtx'.*titan_xp"):
         load_hardware("gtx")
     with pytest.raises(cm.UserError, match="dtype='bfloat16' has no peak on NVIDIA Titan Xp"):
@@ -264,6 +267,9 @@ def test_a_slice_predicts_what_the_whole_model_would(random_llava):
     assert guess.overhead_flops == 900
     assert cm.flops(config, guess) == cm.flops(random_llava.config, replace(whole, overhead_flops=900))
     assert at_depth(config, guess, 6) == (config, guess)
+    found = predicted_rows(config, part, [8], load_hardware("h100"), "float16", depth=6)
+    assert found.rows[8]["from_layers"] == 4
+    assert found.rows[8]["kv_bytes"] == whole.kv_bytes
 
 
 def test_a_row_another_process_measures_is_left_to_it(tmp_path: Path, capsys):

@@ -19,13 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from corematching import build_method, compose, load_model
 from corematching.efficiency.breakeven import measure_break_even
-from corematching.efficiency.hardware import THIS, this_machine
+from corematching.efficiency.hardware import THIS, dtype_name
 from corematching.efficiency.latency import fixed_inputs
 from corematching.efficiency.memory import keep_freed_memory
 from corematching.efficiency.offloaded import measure_offloaded
 from corematching.efficiency.peaks import measure_peaks
-from corematching.efficiency.roofline import Hardware, at_depth
-from corematching.efficiency.rows import Measured, Protocol, measure, predicted_row
+from corematching.efficiency.roofline import Hardware
+from corematching.efficiency.rows import Measured, Protocol, measure, predicted_rows
 from corematching.efficiency.table import print_rows, run_table
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
@@ -154,8 +154,6 @@ class Bench:
         self.dense = build_method("dense")
         self.inputs = fixed_inputs(self.model, self.protocol.before, self.protocol.after)
         self.peaks = measure_peaks(self.model.device, self.model.dtype)
-        self.dtype = str(self.model.dtype).removeprefix("torch.")
-        self.here = this_machine(self.peaks, self.model.dtype, self.model.device)
         print(
             f"  measured peaks: copy {self.peaks.copy_bandwidth / 1e9:.1f} GB/s, "
             f"read {self.peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {self.peaks.flops / 1e12:.3g} TFLOP/s"
@@ -190,24 +188,17 @@ class Bench:
 
     def _write(self, row: Row, measured: Measured, started: datetime, regime: str = "resident") -> None:
         for tokens, bench in measured.rows.items():
-            if regime == "resident":
-                guess = predicted_row(self.model.config, measured.trace, tokens, self.here, self.dtype)
-                bench["predicted_over_measured"] = guess["end_to_end_ms"] / bench["end_to_end_ms"]
             result = self._result(bench, measured.trace, tokens)
             self._store(self.cell(row, tokens, regime), started, result)
 
     def _write_predictions(self, row: Row, measured: Measured, started: datetime) -> None:
         assert self.elsewhere is not None
-        # Pascal and Turing have no bfloat16: their rows are predicted at the half precision they do have.
-        known = self.elsewhere.flops
-        dtype = self.dtype if self.dtype in known else "float16"
-        config, trace = at_depth(self.model.config, measured.trace, self.settings["model"]["layers"] or 0)
-        for tokens in self.protocol.output_tokens:
-            bench = predicted_row(config, trace, tokens, self.elsewhere, dtype) | {"dtype": dtype}
-            if config is not self.model.config:
-                bench["from_layers"] = len(measured.trace.llm_tokens)
+        depth = self.settings["model"]["layers"] or 0
+        config, dtype, lengths = self.model.config, dtype_name(self.model.dtype), self.protocol.output_tokens
+        found = predicted_rows(config, measured.trace, lengths, self.elsewhere, dtype, depth)
+        for tokens, bench in found.rows.items():
             cell = self.cell(row, tokens, "predicted", predicted=True)
-            self._store(cell, started, self._result(bench, trace, tokens, config))
+            self._store(cell, started, self._result(bench, found.trace, tokens, found.config))
 
     def _result(
         self, bench: dict[str, Any], trace: SampleTrace, tokens: int, config: Any | None = None

@@ -34,5 +34,10 @@ def load_hardware(name: str) -> Hardware:
 def this_machine(peaks: Peaks, dtype: torch.dtype, device: torch.device) -> Hardware:
     """The machine at hand, from its measured peaks; its memory is taken as sufficient."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    rate = {str(dtype).removeprefix("torch."): peaks.flops}
+    rate = {dtype_name(dtype): peaks.flops}
     return Hardware(name, rate, peaks.bandwidth, float("inf"), peaks.copy_bandwidth)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As hardware profiles and records spell it: "float32", "bfloat16", ..."""
+    return str(dtype).removeprefix("torch.")

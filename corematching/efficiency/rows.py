@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from corematching.efficiency.flops import flops
+from corematching.efficiency.hardware import dtype_name, this_machine
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
 from corematching.efficiency.peaks import Peaks
-from corematching.efficiency.roofline import Hardware, decode_bytes, predict
+from corematching.efficiency.roofline import Hardware, at_depth, decode_bytes, predict
 from corematching.engine.compiled import ENGINES
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
@@ -74,7 +76,7 @@ class Measured:
 def measure(
     model: Any, dense: Method, method: Method, inputs: dict[str, Tensor], protocol: Protocol, peaks: Peaks
 ) -> Measured:
-    """Time a method (or dense itself) with everything resident."""
+    """Time a method (or dense itself) with everything resident, and hold the roofline model's word against it."""
     pair = in_turns(model, dense, method, inputs, protocol.output_tokens, protocol.repeats, protocol.engine)
     measured = Measured(pair, Spread(0.0, 0.0))
     if method.acts_on:
@@ -82,7 +84,10 @@ def measure(
         measured.overhead = Spread.of([sum(one.prefill) for one in decisions])
         measured.choice = Spread.of([sum(one.decoding) for one in decisions])
     for tokens in protocol.output_tokens:
-        measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype)
+        row = measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype)
+        here = this_machine(peaks, model.dtype, model.device)
+        guess = predict(model.config, measured.trace, here, dtype_name(model.dtype), tokens).end_to_end(tokens)
+        row["predicted_over_measured"] = 1e3 * guess / row["end_to_end_ms"]
     return measured
 
 
@@ -137,22 +142,51 @@ def row_of(
     return row
 
 
-def predicted_row(config: Any, sample: SampleTrace, tokens: int, hardware: Hardware, dtype: str) -> dict[str, Any]:
-    """A row for hardware that is not at hand, from the roofline model."""
-    prediction = predict(config, sample, hardware, dtype, tokens)
-    return {
-        "device": hardware.name,
-        "regime": prediction.regime,
-        "output_tokens": tokens,
-        "predicted": True,
-        "prompt_tokens": sample.prompt_tokens,
-        "prefill_ms": 1e3 * prediction.prefill,
-        "decode_ms_per_token": 1e3 * prediction.decode_per_token if tokens > 1 else None,
-        "end_to_end_ms": 1e3 * prediction.end_to_end(tokens),
-        "peak_memory_bytes": prediction.resident_bytes,
-        "kv_bytes": sample.kv_bytes,
-        "streamed_bytes_per_token": prediction.streamed_per_token,
-    }
+@dataclass(frozen=True)
+class Predicted:
+    """What the roofline model says of a method on hardware that is not at hand."""
+
+    config: Any
+    trace: SampleTrace
+    """Of the whole depth, where a slice was traced."""
+    rows: dict[int, dict[str, Any]]
+    """By output length."""
+
+
+def predicted_rows(
+    config: Any, sample: SampleTrace, output_tokens: Sequence[int], hardware: Hardware, dtype: str, depth: int = 0
+) -> Predicted:
+    """Predict rows for a model of ``depth`` layers (0: as many as were traced) from a trace.
+
+    Hardware without this type (Pascal and Turing have no bfloat16) is taken to compute in float16; ``dtype`` in the
+    row says which it was.
+
+    Raises
+    ------
+    UserError
+        If the hardware has neither, or too little memory.
+    """
+    dtype = dtype if dtype in hardware.flops else "float16"
+    traced, (config, sample) = len(sample.llm_tokens), at_depth(config, sample, depth)
+    rows = {}
+    for tokens in output_tokens:
+        prediction = predict(config, sample, hardware, dtype, tokens)
+        rows[tokens] = {
+            "device": hardware.name,
+            "regime": prediction.regime,
+            "output_tokens": tokens,
+            "predicted": True,
+            "dtype": dtype,
+            "prompt_tokens": sample.prompt_tokens,
+            "prefill_ms": 1e3 * prediction.prefill,
+            "decode_ms_per_token": 1e3 * prediction.decode_per_token if tokens > 1 else None,
+            "end_to_end_ms": 1e3 * prediction.end_to_end(tokens),
+            "peak_memory_bytes": prediction.resident_bytes,
+            "kv_bytes": sample.kv_bytes,
+            "streamed_bytes_per_token": prediction.streamed_per_token,
+            **({"from_layers": traced} if traced < len(sample.llm_tokens) else {}),
+        }
+    return Predicted(config, sample, rows)
 
 
 def _decode(run: Run, tokens: int) -> float:

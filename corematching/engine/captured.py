@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from corematching.engine.llm import run_layers
+
 if TYPE_CHECKING:
     from corematching.engine.session import Session
 
@@ -79,7 +81,7 @@ class CapturedPrefill:
         met, runs, length = self._now.met, self._now.runs, hidden.shape[1]
         if (layers.start, length) not in met:
             met.add((layers.start, length))
-            return decode_layers(self.session, layers, hidden, rope, positions, cache)
+            return run_layers(self.session.decoder, layers, hidden, None, rope, positions, cache, use_cache=True)
         run = runs.get(layers.start)
         if run is None or run.length != length:
             run = runs[layers.start] = _Run(self.session, layers, hidden, rope, positions, self.capture)
@@ -94,24 +96,6 @@ class _Length:
     """By first layer: the run at the number of tokens that came there last."""
     met: set[tuple[int, int]] = field(default_factory=set)
     """(first layer, tokens entering it) so far."""
-
-
-def decode_layers(
-    session: Session, layers: range, hidden: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, cache: Any
-) -> tuple[Tensor, Tensor]:
-    """Run stock layers over an unpadded sequence: what entered the last one, and what left it."""
-    entered = hidden
-    for index in layers:
-        entered = hidden
-        hidden = session.decoder.layers[index](
-            hidden,
-            attention_mask=None,
-            position_embeddings=rope,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-    return entered, hidden
 
 
 class _Run:
@@ -135,7 +119,9 @@ class _Run:
     def _compute(self) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor], dict[int, Tensor]]:
         session, recorder = self.session, _Recorder()
         hidden, cos, sin, positions = self.inputs
-        entered, hidden = decode_layers(session, self.layers, hidden, (cos, sin), positions, recorder)
+        entered, hidden = run_layers(
+            session.decoder, self.layers, hidden, None, (cos, sin), positions, recorder, use_cache=True
+        )
         noted = [{i: own[i] for i in self.layers if i in own} for own in (session.activations, session.attended)]
         return entered, hidden, torch.stack([*recorder.keys, *recorder.values]), noted[0], noted[1]
 

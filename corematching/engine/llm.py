@@ -74,20 +74,31 @@ def _prefill(session, state, hidden, attention_mask, position_ids, cache, use_ca
         if captured:
             entered, hidden = captured(run, hidden, rope, position_ids, cache)
         else:
-            entered = hidden
-            hidden = decoder.layers[run.start](
-                hidden,
-                attention_mask=mask,
-                position_embeddings=rope,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=use_cache,
-                **kwargs,
+            entered, hidden = run_layers(
+                decoder, run, hidden, mask, rope, position_ids, cache, use_cache=use_cache, **kwargs
             )
         previous = AttentionSignals(decoder.layers[run[-1]], entered, layout, decoder.rotary_emb, state.ledger)
         for index in run:
             _after_layer(session, index, state, prompt, previous, cache)
     return hidden
+
+
+def run_layers(
+    decoder: Any, layers: range, hidden: Tensor, mask: Any, rope: Any, positions: Tensor, cache: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Run stock layers over hidden states: what entered the last one, and what left it."""
+    entered = hidden
+    for index in layers:
+        entered = hidden
+        hidden = decoder.layers[index](
+            hidden,
+            attention_mask=mask,
+            position_embeddings=rope,
+            position_ids=positions,
+            past_key_values=cache,
+            **kwargs,
+        )
+    return entered, hidden
 
 
 def _one_by_one(depth: int) -> list[range]:
