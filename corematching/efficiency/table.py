@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corematching.results.table import HOLE, RunTable
+from corematching.results.table import HOLE, RunTable, engines_note, prediction_note
 
 _COLUMNS = {
     "prefill_ms": ("prefill ms", 1.0, 1),
@@ -58,10 +58,9 @@ def _setting(record: Mapping[str, Any]) -> tuple[str, int]:
     bench = record["bench"]
     where = bench["regime"]
     if bench["predicted"]:
-        layers = bench.get("from_layers")
-        where = f"{bench['device']}, {where}, predicted" + (f" from {layers} layers" if layers else "")
-    elif bench["dense_engine"] != bench["engine"]:
-        where += f", {bench['engine']} against {bench['dense_engine']} dense"
+        where = f"{bench['device']}, {where}, {prediction_note(bench.get('from_layers'))}"
+    else:
+        where += engines_note(bench["engine"], bench["dense_engine"])
     return where, bench["output_tokens"]
 
 

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 
 from corematching.results.load import keep_order
+from corematching.results.table import engines_note, prediction_note
 from corematching.results.tables import (
     BYTES_UNITS,
     Column,
@@ -100,18 +101,8 @@ def setting_title(row: pd.Series) -> str:
     """One line for the setting of a row: model, device, regime, output length; predictions say so."""
     words = [row["model"], row["device"], row["regime"]]
     if row["predicted"] is True:
-        words.append(_predicted(row))
+        words.append(prediction_note(row["from_layers"]))
     return ", ".join(map(str, words)) + f", {row['output_tokens']} output tokens"
-
-
-def _predicted(row: pd.Series) -> str:
-    return "predicted" + (f" from {row['from_layers']:.0f} layers" if row["from_layers"] > 0 else "")
-
-
-def _engines(row: pd.Series) -> str:
-    """Where a row and its dense runs decode differently, how."""
-    different = row["engine"] and row["dense_engine"] and row["engine"] != row["dense_engine"]
-    return f", {row['engine']} against {row['dense_engine']} dense" if different else ""
 
 
 def hardware_table(rows: pd.DataFrame) -> Table | None:
@@ -121,11 +112,11 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
     scales = {name: unit_scale(rows[name], BYTES_UNITS) for name in BYTES}
     body = []
     for row in sorted((rows.loc[index] for index in rows.index), key=_order):
-        predicted = f" ({_predicted(row)})" if row["predicted"] is True else ""
+        predicted = f" ({prediction_note(row['from_layers'])})" if row["predicted"] is True else ""
         entries = [
             word(row["model"]),
             word(row["device"]),
-            word(f"{row['regime']}{predicted}{_engines(row)}"),
+            word(f"{row['regime']}{predicted}{engines_note(row['engine'], row['dense_engine'])}"),
             word("?" if row["output_tokens"] is None else row["output_tokens"]),
             word(row["method"]),
             word(budget(row["keep"])),

@@ -203,3 +203,14 @@ def _holes(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
 
 def _pipe(texts: Any) -> str:
     return "| " + " | ".join(str(text).replace("|", "\\|") for text in texts) + " |"
+
+
+def prediction_note(from_layers: float | None) -> str:
+    """How a row that was not measured is marked; from a slice of so many layers, if any."""
+    return "predicted" + (f" from {from_layers:.0f} layers" if from_layers and from_layers > 0 else "")
+
+
+def engines_note(engine: str, dense_engine: str) -> str:
+    """How a row is marked whose dense runs decoded with another engine; empty if they did not."""
+    different = engine and dense_engine and engine != dense_engine
+    return f", {engine} against {dense_engine} dense" if different else ""
