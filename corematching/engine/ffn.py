@@ -116,7 +116,7 @@ class SlicedFFN:
                 return self._masked(x)
             self._masked = None
         if not self.copied and kernels.usable(self.mlp, x):
-            return kernels.gather_ffn(self.mlp, self.index, x)
+            return kernels.chosen_ffn(self.mlp, self.index, x)
         rows = self._gathered()
         gate, up = functional.linear(x, rows.gate_up).chunk(2, dim=-1)
         gate_bias, up_bias = self._biases
@@ -223,7 +223,9 @@ class FFNBuilder:
         return SlicedFFN(mlp, index[0], self._room(mlp, index))
 
     def _room(self, mlp: Any, index: Tensor) -> Rows | None:
-        if _in_place(mlp, index):
+        weight = mlp.gate_proj.weight
+        short_lived = weight.device.type == "cuda" and kernels.available(weight.device) and not is_streamed(mlp)
+        if short_lived or _in_place(mlp, index):  # rows of beams, say, need not outlive them on a GPU
             return None
         rows, count = self._rows.get(id(mlp)), index.shape[1]
         if rows is None or len(rows.down) != count:

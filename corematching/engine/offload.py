@@ -140,13 +140,20 @@ def _forget(mlp: Any) -> None:
 def offload(model: Any, resident: int) -> Iterator[Traffic]:
     """Keep the FFNs of the first ``resident`` decoder layers on the device, the others on the host.
 
-    Enter this outside the method's context. On exit all weights are back where they were.
+    On exit all weights are back where they were.
 
     Yields
     ------
     Traffic
         Bytes streamed from the host, counted as they are.
+
+    Raises
+    ------
+    UserError
+        Inside a method's context: methods plan by where weights are.
     """
+    if getattr(model, "_corematching", None) is not None:
+        raise UserError("weights move to the host before a method is installed: enter offload() outside its context")
     layers: Any = family_of(model.config).decoder(model).layers
     streamed = list(range(resident, len(layers)))
     mlps = {layer: layers[layer].mlp for layer in streamed}

@@ -21,8 +21,10 @@ CACHED_BYTES = 2**23
 
 @cache
 def available(device: torch.device) -> bool:
-    """Whether there are kernels for a device: a CPU, or CUDA with Triton installed."""
-    return device.type == "cpu" or (device.type == "cuda" and find_spec("triton") is not None)
+    """Whether there are kernels for a device: a CPU, or a GPU from Volta on (Triton's oldest) with Triton installed."""
+    if device.type == "cuda":
+        return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+    return device.type == "cpu"
 
 
 def activation_of(mlp: Any) -> str | None:
@@ -38,7 +40,7 @@ def usable(mlp: Any, x: Tensor) -> bool:
 def covers(mlp: Any) -> bool:
     """Whether an FFN's neurons can be read in place: no biases, neuron-major, and what its device can compute.
 
-    On a GPU that is a known activation; on a CPU a full-precision FFN too big for the cache.
+    On a GPU that is a known activation; on a CPU a float32 FFN too big for the cache.
     """
     weight = mlp.gate_proj.weight
     if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
@@ -46,7 +48,8 @@ def covers(mlp: Any) -> bool:
     if not mlp.down_proj.weight.t().is_contiguous():
         return False
     if weight.device.type == "cpu":
-        return weight.dtype in cpu_ffn.DTYPES and not fits_cache(mlp)
+        known = weight.dtype in cpu_ffn.DTYPES and not fits_cache(mlp)
+        return known and cpu_ffn.trusted(torch.get_num_threads())
     return available(weight.device) and activation_of(mlp) is not None
 
 
@@ -56,12 +59,12 @@ def fits_cache(mlp: Any) -> bool:
     return weight.device.type == "cpu" and 3 * weight.numel() * weight.element_size() <= CACHED_BYTES
 
 
-def gather_ffn(mlp: Any, index: Tensor, x: Tensor) -> Tensor:
+def chosen_ffn(mlp: Any, index: Tensor, x: Tensor) -> Tensor:
     """The FFN of one token, [1, 1, d] -> [1, 1, d], reading only the rows of the neurons ``index`` (long [k])."""
     weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t()
     if x.device.type == "cpu":
-        return cpu_ffn.gather_ffn(*weights, index, x, mlp.act_fn)
-    from corematching.kernels.gpu_ffn import gather_ffn as launch
+        return cpu_ffn.chosen_ffn(*weights, index, x, mlp.act_fn)
+    from corematching.kernels.gpu_ffn import chosen_ffn as launch
 
     activation = activation_of(mlp)
     assert activation is not None

@@ -52,7 +52,7 @@ def _add_up(act, down, index, out, k, d, per_slice, CHUNK: tl.constexpr, WIDTH: 
     tl.store(out + tl.program_id(1) * d + column, tl.sum(total, axis=0), mask=inside)
 
 
-def gather_ffn(gate: Tensor, up: Tensor, down: Tensor, index: Tensor, x: Tensor, activation: str) -> Tensor:
+def chosen_ffn(gate: Tensor, up: Tensor, down: Tensor, index: Tensor, x: Tensor, activation: str) -> Tensor:
     """``down[index].T @ (act(gate[index] @ x) * (up[index] @ x))`` without copying rows.
 
     Parameters
