@@ -307,6 +307,10 @@ def run(options: argparse.Namespace) -> None:
     if "resident" in options.parts:
         predictions(session)
     reached = targets(session)
+    if depth < session.full_depth:
+        reached.insert(
+            0, f"of a slice, {depth} of {session.full_depth} decoder layers; the targets are for all of them:"
+        )
     print(run_table(session.records).markdown())
     print("\n".join(reached))
     if options.dry_run:

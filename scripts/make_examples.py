@@ -91,6 +91,7 @@ def page(aggregation: Aggregation) -> str:
         "elbow": "Core neurons that each visual token activates, sorted; the dot is where the elbow rule cuts.",
         "matching": "Neurons activated together with the last token against cosine similarity.",
         "time_breakdown": "Prefill and decode time (real width, few layers, random weights: see the panels' titles).",
+        "speedup_over_keep": "End-to-end speed-up over dense by visual tokens kept, likewise.",
         "decode_over_neurons": "Decode time against kept neurons, with what the bytes read allow.",
     }
     accuracy = aggregation.tables[0]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +17,9 @@ from conftest import IMAGE_TOKENS, make_prompt
 from torch.utils.flop_counter import FlopCounterMode
 
 import corematching as cm
+from corematching import kernels
 from corematching.cli import main
-from corematching.efficiency.breakeven import measure_break_even
+from corematching.efficiency.breakeven import BreakEven, measure_break_even
 from corematching.efficiency.hardware import load_hardware
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, fixed_inputs, in_turns
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
@@ -157,6 +161,10 @@ def test_rows_hold_what_the_tables_need(random_llava):
     )
     assert three["bandwidth_share"] == pytest.approx(three["decode_gb_per_s"] * 1e9 / PEAKS.bandwidth)
     assert three["byte_limit_decode_speedup"] > 1
+    prefill = three["prefill_predicted_over_measured"] * three["prefill_ms"]
+    decode = three["decode_predicted_over_measured"] * three["decode_ms_per_token"]
+    whole = three["predicted_over_measured"] * three["end_to_end_ms"]
+    assert prefill + 2 * decode == pytest.approx(whole)
     assert three["kv_bytes"] == measured.trace.kv_bytes < measured.trace.dense_kv_bytes
 
 
@@ -170,7 +178,7 @@ def test_decisions_are_timed_one_by_one(random_llava, predictor_file):
     assert (len(one.prefill), len(one.decoding)) == (0, 6), "six layers predict for the token"
 
 
-def test_break_even_leaves_the_ffn_as_it_was(random_llava):
+def test_break_even_leaves_the_ffn_as_it_was(random_llava, monkeypatch):
     mlp = random_llava.model.language_model.layers[0].mlp
     x = torch.randn(1, 4, 32)
     with torch.no_grad():
@@ -178,8 +186,17 @@ def test_break_even_leaves_the_ffn_as_it_was(random_llava):
         found = measure_break_even(mlp, 0.5, repeats=3)
         assert torch.equal(mlp(x), before)
     assert not found.in_place, "it fits into the cache"
-    assert min(found.before, found.after, found.gather) > 0
-    assert "repaid" in str(found)
+    monkeypatch.setattr(kernels, "CACHED_BYTES", 0)
+    assert measure_break_even(mlp, 0.5, repeats=2).in_place
+    with torch.no_grad():
+        assert torch.equal(mlp(x), before)
+
+
+def test_break_even_says_when_gathering_never_repays():
+    assert str(BreakEven(True, 2e-3, 1e-3, 3e-3)).endswith("gathering 3.00 ms: repaid after 3.0 steps")
+    assert str(BreakEven(False, 1e-3, 1e-3, 3e-3)) == (
+        "dense step 1.00 ms, rows gathered 1.00 ms, gathering 3.00 ms: never repaid"
+    )
 
 
 def test_memory_limited_rows_count_what_was_streamed(random_llava):
@@ -301,7 +318,7 @@ def test_figures_draw_speedups_and_the_byte_limit(tmp_path: Path):
     from corematching.results.efficiency_figures import decode_over_neurons, speedup_over_keep, write_efficiency_figures
 
     setting = {"model": "m", "device": "d", "regime": "resident", "output_tokens": 32, "predicted": False}
-    setting |= {"dense_engine": "compiled", "from_layers": float("nan")}
+    setting |= {"dense_engine": "compiled", "from_layers": float("nan"), "dtype": "float32", "prompt_tokens": 651}
     rows = [
         {"method": "dense", "keep": None, "decode_ms_per_token": 10.0, "decode_gb_per_s": 4.0, "speedup": 1.0},
         {"method": "fastv", "keep": 64, "decode_ms_per_token": 9.0, "decode_gb_per_s": 4.0, "speedup": 1.4},
@@ -335,3 +352,24 @@ def test_a_method_that_fails_leaves_a_failed_cell_and_the_others_go_on(tmp_path:
     status = {record["labels"]["method"]: record["status"] for record in records}
     assert status == {"random": "failed", "dense": "done"}
     assert any("too large" in record["error"]["traceback"] for record in records if record["error"])
+
+
+CARRIED = """
+import runpy, sys
+for absent in ("pandas", "datasets", "lmms_eval", "wandb", "matplotlib", "rich", "pyarrow", "scipy"):
+    sys.modules[absent] = None
+sys.argv = ["bench_gpu.py", "--dry-run"]
+runpy.run_path("scripts/bench_gpu.py", run_name="__main__")
+"""
+
+
+def test_the_gpu_script_runs_dry_with_little_more_than_torch():
+    """As on a GPU box that the source was carried to: torch, transformers and hydra-core."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", CARRIED], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dry run complete" in done.stdout
+    assert "core-neuron FFN (rows " in done.stdout

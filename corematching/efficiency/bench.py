@@ -37,7 +37,7 @@ from corematching.methods.base import Method
 from corematching.models.families import family_of
 from corematching.results.store import Store
 
-VERSION = "2"
+VERSION = "3"
 """Of how rows are measured: rows of another version are not compared with these."""
 
 
@@ -87,7 +87,7 @@ class Bench:
         name = settings["hardware"]["name"]
         self.elsewhere: Hardware | None = None if name == THIS else Hardware(**settings["hardware"])
         self.on_gpu = torch.cuda.is_available() and not str(settings["model"]["device"]).startswith("cpu")
-        self.machine = provenance.hardware() | {"threads": torch.get_num_threads()}
+        self.machine = provenance.hardware() | {"threads": torch.get_num_threads(), "torch": torch.__version__}
         self.store = Store(Path(settings["results_dir"]).expanduser() / settings["experiment"])
         self.failed = 0
 
@@ -161,9 +161,11 @@ class Bench:
         depth = geometry.depth
         if depth < (chosen["layers"] or depth):
             print(f"  {depth} of {chosen['layers']} decoder layers: measured times are of the slice")
-        decoder: Any = family_of(self.model.config).decoder(self.model)
-        mlp = decoder.layers[0].mlp
-        print(f"  core neurons, keep 0.4: {measure_break_even(mlp, 0.4)}")
+        if any("neurons" in method.acts_on for method in self.methods.values()):
+            decoder: Any = family_of(self.model.config).decoder(self.model)
+            print(f"  core neurons, keep 0.4: {measure_break_even(decoder.layers[0].mlp, 0.4)}")
+        if self.elsewhere is not None and not self.on_gpu:
+            print(f"  no GPU: what {self.elsewhere.name}'s memory allows is predicted, not run")
 
     def measure(self, row: Row) -> None:
         """Measure one method in every regime asked for, and store its cells."""

@@ -18,7 +18,7 @@ class BreakEven:
     """Medians in seconds, one FFN."""
 
     in_place: bool
-    """Whether steps before gathering read chosen rows where they lie; else they are dense."""
+    """Whether a kernel can read chosen rows where they lie; else the step held against gathering is dense."""
     before: float
     """One step before gathering."""
     after: float

@@ -90,10 +90,7 @@ def decode_flops(config: Any, sample: SampleTrace, steps: int) -> float:
     text = config.text_config
     total = 0.0
     for kv, neurons in zip(sample.kv_lengths, sample.neurons, strict=True):
-        width: float = text.intermediate_size
-        if neurons is not None and sample.ffn_mode != "masked" and steps:
-            whole = min(sample.masked_steps, steps) / steps
-            width = whole * width + (1 - whole) * len(neurons)
+        width = sample.ffn_width(neurons, text.intermediate_size, steps)
         # Step t attends to kv + t rows, itself included; the attention term is linear in that length.
         average_kv = kv + (steps + 1) / 2
         total += steps * _layer_flops(text, 1, average_kv, width)

@@ -55,6 +55,7 @@ class Run:
     peak_bytes: int
     """Highest memory use during the run: allocated on a GPU, resident set of the process on a CPU."""
     engine: str
+    """"eager", or "compiled" and what of it a GPU could not capture."""
 
     def decode_per_token(self, tokens: int) -> float | None:
         """Mean seconds per decode step of the first ``tokens`` tokens; None for one token, which needs no step."""
@@ -110,7 +111,17 @@ def answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int]
             if step + 1 in lengths:
                 reached[step + 1] = clock(device) - start
     (sample,) = trace.drain()
-    return Run(first, {length: reached[length] for length in lengths}, sample, peak.bytes, engine)
+    ran = _ran(engine, model._corematching, decoder)
+    return Run(first, {length: reached[length] for length in lengths}, sample, peak.bytes, ran)
+
+
+def _ran(engine: str, session: Any, decoder: Any) -> str:
+    """The engine as it ran: methods that a GPU cannot capture whole say which part was run from Python."""
+    if engine != "compiled" or session.capture is None:
+        return engine
+    parts = {"prefill": session.captured is not None, "decode": decoder is None or decoder.captured}
+    missed = [part for part, captured in parts.items() if not captured]
+    return f"{engine} ({' and '.join(missed)} not captured)" if missed else engine
 
 
 @dataclass
@@ -146,7 +157,7 @@ def in_turns(
 
     Warm-up answers are discarded. On a GPU every turn has its own two, because installing a method anew means capturing
     its prefill and decode step anew. On a CPU the first turn of each has one; later ones answer a few words without an
-    image, which touches the memory that gathered neurons lie in (kept shares up to about 0.7).
+    image: where rows are gathered (half precision), that touches the memory they lie in.
     """
     pair = Pair()
     lengths = sorted(output_tokens)

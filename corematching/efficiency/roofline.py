@@ -99,8 +99,7 @@ def decode_bytes(config: Any, sample: SampleTrace, element: int, steps: int) -> 
     sizes = Sizes.of(config)
     weights = sizes.head + config.text_config.hidden_size + sample.predictor_weights
     for neurons in sample.neurons:
-        whole = neurons is None or sample.ffn_mode == "masked"
-        weights += sizes.attention + sizes.neuron * (sizes.ffn_width if whole else len(neurons))  # type: ignore[arg-type]
+        weights += sizes.attention + sizes.neuron * sample.ffn_width(neurons, sizes.ffn_width, steps)
     row = sample.dense_kv_bytes / (sample.prompt_tokens * len(sample.llm_tokens))
     return weights * element + sample.kv_bytes + row * len(sample.llm_tokens) * (steps + 1) / 2
 

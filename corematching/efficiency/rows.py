@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,8 +86,11 @@ def measure(
     for tokens in protocol.output_tokens:
         row = measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype)
         here = this_machine(peaks, model.dtype, model.device)
-        guess = predict(model.config, measured.trace, here, dtype_name(model.dtype), tokens).end_to_end(tokens)
-        row["predicted_over_measured"] = 1e3 * guess / row["end_to_end_ms"]
+        guess = predict(model.config, measured.trace, here, dtype_name(model.dtype), tokens)
+        row["predicted_over_measured"] = 1e3 * guess.end_to_end(tokens) / row["end_to_end_ms"]
+        row["prefill_predicted_over_measured"] = 1e3 * guess.prefill / row["prefill_ms"]
+        if tokens > 1:
+            row["decode_predicted_over_measured"] = 1e3 * guess.decode_per_token / row["decode_ms_per_token"]
     return measured
 
 
@@ -167,7 +170,9 @@ def predicted_rows(
         If the hardware has neither, or too little memory.
     """
     dtype = dtype if dtype in hardware.flops else "float16"
-    traced, (config, sample) = len(sample.llm_tokens), at_depth(config, sample, depth)
+    # Steps that a CPU computed whole before gathering are none where a kernel reads neurons in place.
+    traced, sample = len(sample.llm_tokens), replace(sample, masked_steps=0)
+    config, sample = at_depth(config, sample, depth)
     rows = {}
     for tokens in output_tokens:
         prediction = predict(config, sample, hardware, dtype, tokens)

@@ -20,14 +20,18 @@ _COLUMNS = {
     "prefill_tflop_per_s": ("TFLOP/s", 1.0, 3),
     "flops_share": ("% of FLOP/s", 100.0, 0),
     "predicted_over_measured": ("predicted / measured", 1.0, 2),
+    "prefill_predicted_over_measured": ("of prefill", 1.0, 2),
+    "decode_predicted_over_measured": ("of decode", 1.0, 2),
     "repeats": ("pairs", 1.0, 0),
 }
 NOTES = (
-    "Medians; x dense: median over pairs of neighbouring runs of dense time over the method's, end to end.",
+    "Medians ± half the distance between the quartiles; x dense: dense time over the method's, end to end, of pairs of"
+    " neighbouring runs.",
+    "The dense row is dense timed against itself: what it is off 1 by is noise.",
     "% of GB/s, % of FLOP/s: of this machine's measured bandwidth and matrix product rate.",
     "Dense: same process, same kernels.",
     "peak GB: tensors allocated on a GPU; on a CPU the whole process, memory freed but kept for reuse included.",
-    "predicted / measured: the roofline model's end to end time for this machine over the measured one.",
+    "predicted / measured: the roofline model's time for this machine over the measured one.",
 )
 PREDICTED = "Rows marked predicted come from the roofline model with public peak figures; nothing was run there."
 
@@ -39,7 +43,7 @@ def run_table(records: Sequence[Mapping[str, Any]]) -> RunTable:
     rows = [_cells(record) for kind in kinds for record in records if _setting(record) == kind]
     header = ("method", "keep", "weights", "output tokens", *(title for title, _, _ in _COLUMNS.values()))
     models = dict.fromkeys(record["labels"]["model"] for record in records if record["labels"].get("model"))
-    notes = (*((f"Model: {'; '.join(models)}.",) if models else ()), *NOTES)
+    notes = (*((f"Model: {'; '.join(models)}.",) if models else ()), *_origins(records), *NOTES)
     notes += (PREDICTED,) if any(record["bench"]["predicted"] for record in records) else ()
     return RunTable(header, tuple(rows), notes)
 
@@ -52,6 +56,17 @@ def print_rows(table: RunTable) -> None:
     if not console.is_terminal:
         console.width = 240
     table.show(console)
+
+
+def _origins(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where measured rows come from, one note per machine."""
+    known = [r["provenance"] for r in records if r.get("provenance") and not r["bench"]["predicted"]]
+    machines = dict.fromkeys(
+        f"{origin['hardware']['gpu'] or origin['hardware']['cpu']}, {origin['hardware'].get('threads')} CPU threads, "
+        f"torch {origin['versions'].get('torch')}"
+        for origin in known
+    )
+    return [f"Measured on: {machine}." for machine in machines]
 
 
 def _setting(record: Mapping[str, Any]) -> tuple[str, int]:
@@ -77,5 +92,5 @@ def _text(bench: Mapping[str, Any], name: str) -> str:
     if value is None:
         return HOLE
     spread = bench.get(f"{name}_iqr")
-    around = "" if spread is None or not name.endswith(("_ms", "_token")) else f" ±{factor * spread / 2:.{digits}f}"
+    around = "" if spread is None else f" ±{factor * spread / 2:.{digits}f}"
     return f"{factor * value:.{digits}f}{around}"

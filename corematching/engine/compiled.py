@@ -208,6 +208,11 @@ class StaticDecoder:
         else:
             self._replay = None
 
+    @property
+    def captured(self) -> bool:
+        """Whether steps replay a captured one."""
+        return self._replay is not None
+
     def step(self) -> Tensor:
         """The next token, long [B, 1]; overwritten by the next step."""
         if self.left == 0:

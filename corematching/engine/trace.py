@@ -68,6 +68,13 @@ class SampleTrace:
         """Visual tokens per layer, averaged over the layers."""
         return sum(len(layer) for layer in self.visual_tokens) / len(self.visual_tokens)
 
+    def ffn_width(self, neurons: Tensor | None, width: int, steps: int) -> float:
+        """FFN neurons that a decode step of a layer computes, on average over ``steps``; ``neurons``: the layer's."""
+        if neurons is None or self.ffn_mode == "masked":
+            return width
+        whole = min(self.masked_steps, steps) / steps if steps else 0.0
+        return whole * width + (1 - whole) * len(neurons)
+
     @property
     def average_neurons(self) -> float | None:
         """FFN neurons per layer in decode, averaged over layers that chose; None if none did."""

@@ -31,7 +31,6 @@ def layer_range(layers: tuple[int, int] | None, depth: int) -> range:
 
 def choose_core_neurons(view: FFNView, rho: float, keep: float) -> Neurons:
     """Sentence-wise core neurons of the tokens that entered this layer."""
-    view.spend(2 * view.activations.shape[1] * view.activations.shape[2])
     count = max(1, int(view.activations.shape[2] * keep + 1e-9))
     return Neurons(core_neurons(view.activations, view.valid, rho, count))
 

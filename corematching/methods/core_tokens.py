@@ -95,7 +95,6 @@ class CoreTokens(Method):
             return coactivation_counts(visual, reference)
         if self.score == "cosine":
             return cosine_similarity(visual.float(), reference[:, None].float(), dim=-1)
-        view.spend(2 * activations.shape[1] * activations.shape[2])
         count = max(1, int(activations.shape[2] * self.beta + 1e-9))
         core = core_neurons(activations, view.valid, self.rho, count)
         return match_counts(visual, core)

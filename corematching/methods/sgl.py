@@ -25,7 +25,8 @@ class SGL(Method):
     visual tokens pruned likewise before layer 0; if the product of the answer's token probabilities reaches the
     threshold, the answer is final and the large model never runs.
 
-    The small model's full cost is counted: FLOPs in the trace, time in the latency tables.
+    The small model's full cost is counted in the trace. Efficiency rows do not call ``generate``: they time and count
+    its reading of the prompt, not its answer.
 
     Differences from the official code: batches (samples exit one by one); the pruned re-scoring keeps the same share
     as the large model, where the official scripts have a second parameter; called without ``generate``, the small

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from corematching.evaluation.conversation import prepare_images, render
-from corematching.methods.core import coactivation_counts, match_counts, sentence_core_neurons, token_core_neurons
+from corematching.methods.core import coactivation_counts, core_neurons, match_counts
 from corematching.models.families import family_of
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -115,7 +115,7 @@ def _layer(hidden: torch.Tensor, activations: torch.Tensor, visual: torch.Tensor
     """Match counts, co-activation counts and cosines of one layer's visual tokens; inputs are [1, n, ...]."""
     hidden, activations = hidden.float(), activations.float()
     valid = torch.ones(activations.shape[:2], dtype=torch.bool, device=activations.device)
-    core = sentence_core_neurons(token_core_neurons(activations, rho), valid, count)
+    core = core_neurons(activations, valid, rho, count)
     tokens = activations[:, visual]
     values = (
         match_counts(tokens, core),

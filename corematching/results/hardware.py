@@ -38,7 +38,7 @@ RATES = {
     "bandwidth_share": ("% of bandwidth", 100.0),
 }
 #: What must be equal for two rows to be compared.
-SETTING = ["model", "device", "regime", "output_tokens", "predicted", "dense_engine"]
+SETTING = ["model", "device", "regime", "output_tokens", "predicted", "dense_engine", "dtype", "prompt_tokens"]
 
 
 def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
@@ -60,11 +60,13 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         "dense_engine",
         "engine",
         "from_layers",
+        "prompt_tokens",
         "repeats",
         *TIMES,
         *BYTES,
         *RATES,
         "paired_speedup",
+        "paired_speedup_iqr",
         *(f"{name}_iqr" for name in TIMES),
     ]
     names = ["id", "folder", "model", "method", "method_name", "keep", "dtype", "hardware", "finished", "flops_total"]
@@ -78,6 +80,8 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         rows[name] = rows[name].where(rows[name].notna(), "")
     for name in fields[6:]:
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
+    rows["prompt_tokens"] = rows["prompt_tokens"].fillna(0).astype(int)
+    rows["dtype"] = rows["dtype"].where(rows["dtype"].notna(), "")
     rows, older = _latest(rows)
     dense = (
         rows[rows["method_name"] == "dense"].drop_duplicates(SETTING, keep="last").set_index(SETTING)["end_to_end_ms"]
@@ -91,15 +95,15 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
 
 def _latest(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """The rows without those that a later one replaces, such as after a change in how rows are measured."""
-    line = [*SETTING, "dtype", "method", "keep"]
+    line = [*SETTING, "method", "keep"]
     order = rows["finished"].fillna("").astype(str).sort_values(kind="stable").index
     kept = rows.loc[order].astype(dict.fromkeys(line, str)).drop_duplicates(line, keep="last").index.sort_values()
     return rows.loc[kept].reset_index(drop=True), len(rows) - len(kept)
 
 
 def setting_title(row: pd.Series) -> str:
-    """One line for the setting of a row: model, device, regime, output length; predictions say so."""
-    words = [row["model"], row["device"], row["regime"]]
+    """One line for the setting of a row: model, device, type, regime, output length; predictions say so."""
+    words = [row["model"], row["device"], *([row["dtype"]] if row["dtype"] else []), row["regime"]]
     if row["predicted"] is True:
         words.append(prediction_note(row["from_layers"]))
     return ", ".join(map(str, words)) + f", {row['output_tokens']} output tokens"
@@ -123,7 +127,7 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
             *(_time(row, name) for name in TIMES),
             *(significant(row[name] / scales[name][0]) for name in BYTES),
             *(number(factor * row[name]) for name, (_, factor) in RATES.items()),
-            number(row["speedup"], 2, "no dense row with this device, regime and output length"),
+            _with_spread(row["speedup"], row["paired_speedup_iqr"], 2),
             number(row["repeats"], 0),
         ]
         body.append(Row(tuple(entries), "/".join(str(row[name]) for name in SETTING)))
@@ -135,16 +139,18 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
         Column("keep", "Keep"),
         *(Column(name, heading, "lower") for name, heading in TIMES.items() if name != "overhead_ms"),
         Column("overhead_ms", TIMES["overhead_ms"]),
-        *(Column(name, f"{heading} {scales[name][1]}", "lower") for name, heading in BYTES.items()),
+        Column("peak_memory_bytes", f"{BYTES['peak_memory_bytes']} {scales['peak_memory_bytes'][1]}"),
+        Column("kv_bytes", f"{BYTES['kv_bytes']} {scales['kv_bytes'][1]}", "lower"),
         *(Column(name, heading) for name, (heading, _) in RATES.items()),
         Column("speedup", "Speed-up", "higher"),
         Column("repeats", "Pairs"),
     )
     caption = (
         "Medians over repeats, ± half the distance between the quartiles, at a forced output length; dense runs in"
-        " the same process. Speed-up is dense end-to-end time over the row's own (median over pairs). Rows"
-        " marked predicted come from the roofline model, not from a measurement. Bold: best, underlined: second best"
-        " of a setting."
+        " the same process. Speed-up is dense end-to-end time over the row's own (median over pairs); the dense row's is"
+        " dense against itself, and what it is off 1 by is noise. Peak memory on a CPU is the whole process's, which"
+        " ranks nothing. Rows marked predicted come from the roofline model, not from a measurement. Bold: best,"
+        " underlined: second best of a setting."
     )
     older = rows.attrs.get("older", 0)
     notes = (f"{older} older rows for the same lines are left out.",) if older else ()
@@ -159,7 +165,10 @@ def _order(row: pd.Series) -> tuple:
 def _time(row: pd.Series, name: str) -> Entry:
     if not math.isfinite(row[name]):
         return hole("not measured")
-    spread = row[f"{name}_iqr"] / 2
-    decimals = 2 if row[name] < 100 else 1
-    shown = f" ± {spread:.{decimals}f}" if math.isfinite(spread) else ""
-    return number(row[name], decimals, spread=shown)
+    return _with_spread(row[name], row[f"{name}_iqr"], 2 if row[name] < 100 else 1)
+
+
+def _with_spread(value: float, quartiles: float, decimals: int) -> Entry:
+    if not math.isfinite(value):
+        return hole("no dense row with this device, regime and output length")
+    return number(value, decimals, spread=f" ± {quartiles / 2:.{decimals}f}" if math.isfinite(quartiles) else "")
