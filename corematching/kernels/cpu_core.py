@@ -12,28 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from corematching.kernels.counts import core_counts
+
 BLOCK = 64
 """Tokens of a block; their votes are counted in bytes, so at most 255."""
 
 
 def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
-    """Sentence-wise core neurons.
-
-    Parameters
-    ----------
-    activations
-        [B, n, I].
-    valid
-        Bool [B, n].
-    rho
-        Share of a token's positive activations that makes its core neurons.
-    count
-        How many neurons to choose, at most I.
-
-    Returns
-    -------
-    Long [B, count], ascending.
-    """
+    """As :func:`corematching.methods.core.core_neurons`."""
     chosen = []
     number = torch.promote_types(activations.dtype, torch.float32)  # numpy has no bfloat16
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -51,7 +37,8 @@ def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> 
 def _votes(tokens: np.ndarray, rho: float) -> np.ndarray:
     """How many tokens of a block hold each neuron as core: [n, I] -> uint8 [I]."""
     positive = np.count_nonzero(tokens > 0, axis=1)
-    rank = tokens.shape[1] - np.maximum(1, (positive * rho + 1e-9).astype(np.int64))
+    width = tokens.shape[1]
+    rank = width - core_counts(width, rho, torch.device("cpu")).numpy()[positive]
     threshold = np.full((len(tokens), 1), np.inf, tokens.dtype)
     for place, token in enumerate(tokens):
         if positive[place]:

@@ -54,23 +54,10 @@ def chosen_ffn(
     """``down[index].T @ (act(gate[index] @ x) * (up[index] @ x))`` without copying rows.
 
     Neurons are dealt out in equal shares: a sampled dense product has one row per share, and the down rows of a share
-    are one weighted bag. Partial sums are added in a fixed order, so results repeat exactly for a number of
-    threads.
+    are one weighted bag. Partial sums are added in a fixed order, so results repeat exactly for a number of threads.
 
-    Parameters
-    ----------
-    gate, up, down
-        [I, d], contiguous: one row per neuron in each.
-    index
-        Long [k].
-    x
-        [..., d], one token.
-    activation
-        The FFN's activation function.
-
-    Returns
-    -------
-    Shape and dtype of ``x``.
+    Parameters and result as in :func:`corematching.kernels.gpu_ffn.chosen_ffn`, but for ``activation``, which is the
+    FFN's function itself.
     """
     k, (width, d) = len(index), gate.shape
     if k == 0:

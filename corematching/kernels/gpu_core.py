@@ -6,12 +6,12 @@ with the same bits, and a row fits into one program's registers. Counts are inte
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from corematching.kernels.counts import core_counts
 
 _ZERO_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Low bits of a float32 that are always zero when it came from this type; float16's subnormals included."""
@@ -53,36 +53,13 @@ def _elect(votes, out, width, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + row * count + place, neuron.to(tl.int64), mask=chosen)
 
 
-@cache
-def _core_counts(width: int, rho: float, device: torch.device) -> Tensor:
-    """Int [width + 1]: how many core neurons a token with so many positive activations has."""
-    positive = torch.arange(width + 1, dtype=torch.float64)
-    return (positive * rho + 1e-9).floor().clamp(min=1).to(torch.int32).to(device)
-
-
 def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
-    """Sentence-wise core neurons.
-
-    Parameters
-    ----------
-    activations
-        [B, n, I], float32, float16 or bfloat16.
-    valid
-        Bool [B, n].
-    rho
-        Share of a token's positive activations that makes its core neurons.
-    count
-        How many neurons to choose, at most I.
-
-    Returns
-    -------
-    Long [B, count], ascending.
-    """
+    """As :func:`corematching.methods.core.core_neurons`, of float32, float16 or bfloat16."""
     batch, length, width = activations.shape
     block = triton.next_power_of_2(width)
     warps = min(32, max(4, block // 1024))
     votes = torch.zeros(batch, width, dtype=torch.int32, device=activations.device)
-    wanted = _core_counts(width, rho, activations.device)
+    wanted = core_counts(width, rho, activations.device)
     _vote[(batch * length,)](
         activations.contiguous(),
         valid.to(torch.uint8).contiguous(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from corematching import kernels
+from corematching.kernels.counts import core_counts
 
 
 def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
@@ -51,10 +52,9 @@ def token_core_neurons(activations: Tensor, rho: float) -> Tensor:
     Bool [..., I].
     """
     total = (activations > 0).sum(-1, keepdim=True)
-    # The small constant keeps 0.2 * 35 = 7.000000000000001-type products and their 6.99... twins on the intended side.
-    wanted = (total.double() * rho + 1e-9).floor().long().clamp(min=1)
-    wanted = wanted.minimum(total.clamp(min=1))
-    most = max(1, min(activations.shape[-1], int(activations.shape[-1] * rho + 1e-9)))
+    counts = core_counts(activations.shape[-1], rho, activations.device)
+    wanted = counts[total].long()
+    most = int(core_counts(activations.shape[-1], rho, torch.device("cpu"))[-1])
     threshold = activations.topk(most, dim=-1).values.gather(-1, wanted - 1)
     # A token without positive activations has no core neurons: its threshold is not positive, so nothing may reach it.
     return activations >= threshold.masked_fill(total == 0, torch.inf)
