@@ -83,9 +83,9 @@ def measure(
         decisions = decision_seconds(model, method, inputs)
         measured.overhead = Spread.of([sum(one.prefill) for one in decisions])
         measured.choice = Spread.of([sum(one.decoding) for one in decisions])
+    here = this_machine(peaks, model.dtype, model.device)
     for tokens in protocol.output_tokens:
         row = measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype)
-        here = this_machine(peaks, model.dtype, model.device)
         guess = predict(model.config, measured.trace, here, dtype_name(model.dtype), tokens)
         row["predicted_over_measured"] = 1e3 * guess.end_to_end(tokens) / row["end_to_end_ms"]
         row["prefill_predicted_over_measured"] = 1e3 * guess.prefill / row["prefill_ms"]

@@ -127,7 +127,7 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
             *(_time(row, name) for name in TIMES),
             *(significant(row[name] / scales[name][0]) for name in BYTES),
             *(number(factor * row[name]) for name, (_, factor) in RATES.items()),
-            _with_spread(row["speedup"], row["paired_speedup_iqr"], 2),
+            _with_spread(row["speedup"], row["paired_speedup_iqr"], 2, "no dense row with this device, regime and output length"),
             number(row["repeats"], 0),
         ]
         body.append(Row(tuple(entries), "/".join(str(row[name]) for name in SETTING)))
@@ -163,12 +163,10 @@ def _order(row: pd.Series) -> tuple:
 
 
 def _time(row: pd.Series, name: str) -> Entry:
-    if not math.isfinite(row[name]):
-        return hole("not measured")
-    return _with_spread(row[name], row[f"{name}_iqr"], 2 if row[name] < 100 else 1)
+    return _with_spread(row[name], row[f"{name}_iqr"], 2 if row[name] < 100 else 1, "not measured")
 
 
-def _with_spread(value: float, quartiles: float, decimals: int) -> Entry:
+def _with_spread(value: float, quartiles: float, decimals: int, missing: str) -> Entry:
     if not math.isfinite(value):
-        return hole("no dense row with this device, regime and output length")
+        return hole(missing)
     return number(value, decimals, spread=f" ± {quartiles / 2:.{decimals}f}" if math.isfinite(quartiles) else "")
