@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from corematching.efficiency.flops import flops
+    from corematching.cost.flops import flops
     from corematching.engine.trace import SampleTrace, Trace
     from corematching.errors import UserError
     from corematching.models.loading import load_model
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HOME = {
     "build_method": "corematching.registry",
     "compose": "corematching.registry",
-    "flops": "corematching.efficiency.flops",
+    "flops": "corematching.cost.flops",
     "load_model": "corematching.models.loading",
     "SampleTrace": "corematching.engine.trace",
     "Trace": "corematching.engine.trace",

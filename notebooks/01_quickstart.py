@@ -13,8 +13,8 @@ KEEP = 64
 import pandas as pd
 
 import corematching as cm
-from corematching.evaluation.generator import Generator, Question
-from corematching.results.evidence import mini_examples
+from corematching.answering.generator import Generator, Question
+from corematching.inspection.evidence import mini_examples
 
 model, processor = cm.load_model(MODEL)
 examples = mini_examples(images=IMAGES, questions=2)
@@ -27,7 +27,7 @@ examples[0].image
 # really ran. After it the model is the dense one again, bit for bit.
 
 # %%
-from corematching.evaluation.conversation import render
+from corematching.answering.conversation import render
 
 prompt = render(processor, examples[0].question, images=1, prompt="llava15")
 inputs = processor(text=prompt, images=[examples[0].image], return_tensors="pt")

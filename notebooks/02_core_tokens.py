@@ -11,9 +11,9 @@ LAYER = 2  # tokens leave at the input of this layer
 
 # %%
 import corematching as cm
-from corematching.evaluation.generator import Generator, Question
-from corematching.results import evidence_figures
-from corematching.results.evidence import elbow, matching_evidence, mini_examples
+from corematching.answering.generator import Generator, Question
+from corematching.inspection import evidence_figures
+from corematching.inspection.evidence import elbow, matching_evidence, mini_examples
 
 model, processor = cm.load_model(MODEL)
 examples = mini_examples(images=IMAGES, questions=2)

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 import corematching as cm
-from corematching.results import evidence_figures
-from corematching.results.evidence import matching_evidence, mini_examples, rank_correlation
+from corematching.inspection import evidence_figures
+from corematching.inspection.evidence import matching_evidence, mini_examples, rank_correlation
 
 model, processor = cm.load_model(MODEL)
 evidence = [matching_evidence(model, processor, one) for one in mini_examples(images=IMAGES, questions=1)]

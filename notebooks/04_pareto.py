@@ -17,9 +17,9 @@ import pandas as pd
 
 import corematching as cm
 from corematching.evaluation.cells import Cell
-from corematching.evaluation.generator import Generator, Question
+from corematching.answering.generator import Generator, Question
 from corematching.evaluation.trace_summary import summarise
-from corematching.results.evidence import mini_examples
+from corematching.inspection.evidence import mini_examples
 from corematching.results.store import Store
 
 model, processor = cm.load_model(MODEL)

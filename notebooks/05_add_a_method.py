@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import corematching as cm
-from corematching.evaluation.generator import Generator, Question
+from corematching.answering.generator import Generator, Question
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
 from corematching.methods.parameters import check_budget, check_layer
 from corematching.methods.selection import keep_top
 from corematching.methods.views import LayerView
-from corematching.results import evidence_figures
-from corematching.results.evidence import mini_examples
+from corematching.inspection import evidence_figures
+from corematching.inspection.evidence import mini_examples
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Writes ``tables/`` (CSV, Markdown, LaTeX, HTML, statistics) and ``figures/`` (PD
 into FOLDER. Several experiments are put into one set of tables; then FOLDER is needed.
 """
 
-from corematching.results.command import aggregate_command
+from corematching.commands import aggregate_command
 
 if __name__ == "__main__":
     raise SystemExit(aggregate_command())

@@ -21,6 +21,8 @@ import torch
 from torch.nn.functional import linear
 
 from corematching import build_method, flops, load_model
+from corematching.cost.memory import keep_freed_memory
+from corematching.cost.roofline import decode_bytes
 from corematching.efficiency.breakeven import measure_break_even
 from corematching.efficiency.latency import (
     Spread,
@@ -29,9 +31,7 @@ from corematching.efficiency.latency import (
     fixed_inputs,
     in_turns,
 )
-from corematching.efficiency.memory import keep_freed_memory
 from corematching.efficiency.peaks import measure_peaks
-from corematching.efficiency.roofline import decode_bytes
 from corematching.engine.compiled import EagerDecoder, decoder_of, prefill
 from corematching.engine.ffn import SlicedFFN
 from corematching.models.families import family_of

@@ -25,7 +25,7 @@ import transformers
 from omegaconf import OmegaConf
 
 from corematching import build_method, kernels, load_model, registry
-from corematching.efficiency.hardware import dtype_name, load_hardware
+from corematching.cost.hardware import dtype_name, load_hardware
 from corematching.efficiency.latency import CAPTURE_WARM_UPS, Spread, clock, fixed_inputs
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks, measure_peaks

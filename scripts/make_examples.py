@@ -48,9 +48,9 @@ def main() -> int:
 def write_evidence(folder: Path) -> None:
     """The elbow, core tokens on images, and co-activation against cosine, from the bundled model."""
     import corematching as cm
-    from corematching.evaluation.generator import Generator, Question
-    from corematching.results import evidence_figures
-    from corematching.results.evidence import matching_evidence, mini_examples
+    from corematching.answering.generator import Generator, Question
+    from corematching.inspection import evidence_figures
+    from corematching.inspection.evidence import matching_evidence, mini_examples
     from corematching.results.figures import save
 
     model, processor = cm.load_model("tiny")

@@ -6,7 +6,7 @@ Usage: ``python scripts/report.py results/<experiment> [more experiments ...] [-
 image patches each keeps; without it, overlays recorded earlier are shown.
 """
 
-from corematching.results.command import report_command
+from corematching.commands import report_command
 
 if __name__ == "__main__":
     raise SystemExit(report_command())

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from corematching.answering import conversation
 from corematching.benchmarks.mini.questions import questions_for
 from corematching.benchmarks.mini.scenes import make_scene, render
 from corematching.engine.predictors import FILE_NAME, save_predictors
 from corematching.errors import UserError
-from corematching.evaluation import conversation
 from corematching.models.loading import load_model, model_path
 from corematching.training.predictors import collect, train_predictor
 from corematching.training.prompts import user_prompt

@@ -12,8 +12,8 @@ from corematching.benchmarks.data import DataSource
 from corematching.benchmarks.spec import BENCHMARKS
 from corematching.errors import UserError
 from corematching.evaluation import experiment, machine, provenance
+from corematching.evaluation.evaluator import build
 from corematching.evaluation.experiment import method_rows, plan
-from corematching.evaluation.workbench import build
 from corematching.methods.base import Geometry
 
 GEOMETRIES = {

@@ -12,9 +12,9 @@ from PIL import Image
 from small_llava import save_small_llava
 
 import corematching as cm
+from corematching.answering.conversation import VICUNA_V1, pad_to_square, prepare_images, render
+from corematching.answering.generator import Generator, Question
 from corematching.benchmarks import BENCHMARKS, load_benchmark, load_source
-from corematching.evaluation.conversation import VICUNA_V1, pad_to_square, prepare_images, render
-from corematching.evaluation.generator import Generator, Question
 from corematching.evaluation.harness import evaluate
 
 TINY = Path(cm.__file__).parent / "models" / "tiny_llava"

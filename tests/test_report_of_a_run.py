@@ -4,7 +4,6 @@ import pytest
 
 from corematching import cli
 from corematching.results import overlays
-from corematching.results.publish import OVERLAYS
 
 
 @pytest.mark.slow
@@ -15,7 +14,7 @@ def test_a_run_ends_with_tables_figures_report_and_overlays(tmp_path, monkeypatc
     folder = tmp_path / "quickstart"
     assert (folder / "tables" / "accuracy.tex").is_file()
     assert (folder / "figures" / "layers.pdf").is_file()
-    found = overlays.load(folder / OVERLAYS)
+    found = overlays.load(folder / overlays.FOLDER)
     answers = found["examples"][0]["answers"]
     assert [(answer["method"], answer["keep"]) for answer in answers] == [("dense", "all"), ("fastv", "64")]
     assert len(answers[1]["stages"][-1]["kept"]) == 64

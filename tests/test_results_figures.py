@@ -10,12 +10,22 @@ from conftest import IMAGE_TOKEN, IMAGE_TOKENS
 from PIL import Image
 from synthetic_store import cell_config, write_accuracy_cell, write_efficiency_cell, write_store
 
-from corematching.evaluation.conversation import render
-from corematching.results import dashboard, evidence_figures, figures, overlays
+from corematching.answering.conversation import render
+from corematching.evaluation.publishing import publish_run
+from corematching.inspection import evidence_figures, overlays
+from corematching.inspection.evidence import (
+    Evidence,
+    Example,
+    elbow,
+    matching_evidence,
+    mini_examples,
+    rank_correlation,
+)
+from corematching.results import dashboard, figures
 from corematching.results.accuracy import contexts
 from corematching.results.aggregate import aggregate
-from corematching.results.evidence import Evidence, Example, elbow, matching_evidence, mini_examples, rank_correlation
-from corematching.results.publish import publish, publish_run
+from corematching.results.overlays import load
+from corematching.results.publish import publish
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +207,7 @@ def test_overlays_are_recorded_and_read_back(random_llava, tmp_path):
     examples = [Example(image, "first", "red"), Example(image, "second", "blue")]
     variants = [overlays.Variant("fastv", "64", None)]
     overlays.record(FixedGenerator(random_llava), variants, examples, tmp_path / "overlays")
-    found = overlays.load(tmp_path / "overlays")
+    found = load(tmp_path / "overlays")
     assert found["grid"] == [8, 8]
     assert [one["image"] for one in found["examples"]] == ["0.png", "0.png"]
     # Only changes are stored, and tokens without a place on the image are left out.
@@ -214,7 +224,7 @@ def test_unreadable_overlays_are_none(damage, tmp_path):
         (tmp_path / "overlays.json").write_text(json.dumps({**record, "schema": 2}))
     elif damage == "image missing":
         (tmp_path / "overlays.json").write_text(json.dumps({**record, "examples": [{"image": "0.png"}]}))
-    assert overlays.load(tmp_path) is None
+    assert load(tmp_path) is None
 
 
 def test_variants_are_built_from_table_rows():

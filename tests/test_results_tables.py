@@ -22,10 +22,10 @@ from synthetic_store import (
     write_store,
 )
 
+from corematching.commands import aggregate_command
 from corematching.errors import UserError
 from corematching.results import render
 from corematching.results.aggregate import aggregate, write_tables
-from corematching.results.command import aggregate_command
 from corematching.results.reference import load_reference
 from corematching.results.tables import HOLE, MINI_BANNER, Column, Entry, Row, Table, budget, mark, number, significant
 

@@ -13,7 +13,7 @@ import pytest
 from small_llava import save_small_llava
 
 from corematching import cli
-from corematching.evaluation import provenance, workbench
+from corematching.evaluation import evaluator, provenance
 from corematching.evaluation.cells import Cell
 from corematching.results.store import Store
 
@@ -55,7 +55,7 @@ class FakeBench:
 def fake(monkeypatch, tmp_path):
     """Run the program on the fake bench in an empty folder; returns a function that gives the exit status."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workbench, "Workbench", FakeBench)
+    monkeypatch.setattr(evaluator, "Evaluator", FakeBench)
     monkeypatch.setattr(provenance, "model_revision", lambda model: "revision")
     monkeypatch.setattr("corematching.benchmarks.data.DataSource.version", lambda self, benchmark: "version")
     monkeypatch.setattr(FakeBench, "trouble", {})
@@ -264,7 +264,7 @@ def test_a_killed_sweep_resumes_to_the_same_table(real, tmp_path, monkeypatch, c
 
 
 def test_an_exception_in_generation_fails_its_cell(real, tmp_path, monkeypatch):
-    from corematching.evaluation.generator import Generator
+    from corematching.answering.generator import Generator
 
     def out_of_memory(*_):
         raise RuntimeError("CUDA out of memory")

@@ -1,1 +1,1 @@
-"""FLOPs, latency, memory and roofline."""
+"""The timing road: prefill, decode, end to end and memory, measured apart from accuracy."""

@@ -18,13 +18,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from corematching import build_method, compose, load_model
+from corematching.cost.hardware import THIS, dtype_name
+from corematching.cost.memory import keep_freed_memory
+from corematching.cost.roofline import Hardware
 from corematching.efficiency.breakeven import measure_break_even
-from corematching.efficiency.hardware import THIS, dtype_name
 from corematching.efficiency.latency import fixed_inputs
-from corematching.efficiency.memory import keep_freed_memory
 from corematching.efficiency.offloaded import measure_offloaded
 from corematching.efficiency.peaks import measure_peaks
-from corematching.efficiency.roofline import Hardware
 from corematching.efficiency.rows import Measured, Protocol, measure, predicted_rows
 from corematching.efficiency.table import print_rows, run_table
 from corematching.engine.trace import SampleTrace
@@ -206,7 +206,7 @@ class Bench:
         self, bench: dict[str, Any], trace: SampleTrace, tokens: int, config: Any | None = None
     ) -> dict[str, Any]:
         """What a finished row adds to its record."""
-        from corematching.evaluation.generator import Answer
+        from corematching.answering.generator import Answer
         from corematching.evaluation.trace_summary import summarise
 
         sample = replace(trace, decode_steps=tokens - 1, head_positions=tokens)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corematching.efficiency.memory import peak_memory
+from corematching.cost.memory import peak_memory
 from corematching.engine.compiled import decoder_of, prefill
 from corematching.engine.trace import SampleTrace
 from corematching.methods.base import Geometry, Method, Stage

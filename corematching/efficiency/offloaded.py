@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from corematching import build_method
+from corematching.cost.roofline import Sizes
 from corematching.efficiency.latency import CAPTURE_WARM_UPS, Pair, Run, Spread, answer
 from corematching.efficiency.peaks import Peaks
-from corematching.efficiency.roofline import Sizes
 from corematching.efficiency.rows import Measured, Protocol, row_of
 from corematching.engine.offload import memory_budget, offload, resident_layers
 from corematching.methods.base import ChooseNeurons, Method

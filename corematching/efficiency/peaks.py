@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from corematching.cost.hardware import Peaks
 from corematching.efficiency.latency import clock
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Best of several tries, at the dtype that is going to be benched."""
-
-    copy_bandwidth: float
-    """Bytes per second of a large copy, read and written bytes together."""
-    read_bandwidth: float
-    """Bytes per second of a matrix-vector product, which reads only, as decode does."""
-    flops: float
-    """FLOP/s of a large matrix product."""
-
-    @property
-    def bandwidth(self) -> float:
-        """The better of the two: what decode is held against."""
-        return max(self.copy_bandwidth, self.read_bandwidth)
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype, tries: int = 7) -> Peaks:

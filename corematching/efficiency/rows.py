@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corematching.efficiency.flops import flops
-from corematching.efficiency.hardware import dtype_name, this_machine
+from corematching.cost.flops import flops
+from corematching.cost.hardware import dtype_name, this_machine
+from corematching.cost.roofline import Hardware, at_depth, decode_bytes, predict
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
 from corematching.efficiency.peaks import Peaks
-from corematching.efficiency.roofline import Hardware, at_depth, decode_bytes, predict
 from corematching.engine.compiled import ENGINES
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError

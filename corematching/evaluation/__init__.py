@@ -1,1 +1,1 @@
-"""Cells, runner and the lmms-eval plug-in."""
+"""Experiments, cells, runner and the lmms-eval plug-in."""

@@ -13,10 +13,10 @@ from typing import Any
 
 from corematching.errors import UserError
 from corematching.evaluation import machine
+from corematching.evaluation.attempt import attempt, finished
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
-from corematching.evaluation.work import attempt, finished
 from corematching.results.store import Store
 
 OnRecord = Callable[[Cell, dict[str, Any]], None]
@@ -27,15 +27,15 @@ def run_locally(
     experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter, on_record: OnRecord
 ) -> None:
     """All cells one after the other in this process; cells that another process holds are waited for at the end."""
-    from corematching.evaluation.workbench import Workbench  # torch and transformers, seconds to import
+    from corematching.evaluation.evaluator import Evaluator  # torch and transformers, seconds to import
 
-    bench = Workbench(experiment)
-    bench.check_methods(pending)
+    evaluator = Evaluator(experiment)
+    evaluator.check_methods(pending)
     waiting = list(pending)
     while waiting:
         elsewhere = []
         for cell in waiting:
-            record = attempt(cell, experiment, bench, store, reporter)
+            record = attempt(cell, experiment, evaluator, store, reporter)
             if record is None:
                 elsewhere.append(cell)
             else:

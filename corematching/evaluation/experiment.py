@@ -8,12 +8,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from corematching import groups
+from corematching.answering.conversation import IMAGE_MODES, PROMPTS
 from corematching.benchmarks import Benchmark, DataSource, load_benchmark, load_source
 from corematching.benchmarks.spec import available_benchmarks
 from corematching.errors import UserError
 from corematching.evaluation import machine, provenance
 from corematching.evaluation.cells import Cell
-from corematching.evaluation.conversation import IMAGE_MODES, PROMPTS
 from corematching.evaluation.matching import MATCHED, Shape, matched_parameters
 from corematching.registry import method_defaults
 

@@ -13,7 +13,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
 import corematching as cm
-from corematching.evaluation.generator import Answer, Generator, Question
+from corematching.answering.generator import Answer, Generator, Question
 
 
 class CoreMatchingLMM(lmms):

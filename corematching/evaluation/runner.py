@@ -9,11 +9,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from corematching.evaluation import machine
+from corematching.evaluation.attempt import finished
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.executors import EXECUTORS
 from corematching.evaluation.experiment import Experiment, plan
 from corematching.evaluation.progress import Reporter
-from corematching.evaluation.work import finished
+from corematching.evaluation.publishing import publish_run
 from corematching.results.store import Store
 from corematching.results.table import build_table
 from corematching.tracking import start_tracking
@@ -58,8 +59,6 @@ def _run(experiment: Experiment, pending: Sequence[Cell], store: Store, reporter
     with start_tracking(experiment, reporter.say) as tracker:
         execute(experiment, pending, store, reporter, tracker.log)
         if experiment.settings["report"]:
-            from corematching.results.publish import publish_run  # pandas, a second to import
-
             publish_run(store.root, reporter.say, tracker.log_media)
         tracker.finish(store)
 

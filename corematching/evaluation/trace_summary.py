@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from corematching.efficiency.flops import CONVENTIONS, flops
+from corematching.answering.generator import Answer
+from corematching.cost.flops import CONVENTIONS, flops
 from corematching.engine.trace import SampleTrace
-from corematching.evaluation.generator import Answer
 
 
 class NothingHappened(RuntimeError):

@@ -1,7 +1,7 @@
 """Figures of the results, as vector PDF and PNG. Same input, same bytes: no dates, no random ids in the files.
 
 Each function returns a matplotlib figure, or ``None`` where the cells hold nothing to draw; :func:`save` writes it.
-Figures that show what a model does inside are in :mod:`corematching.results.evidence_figures`.
+Figures that show what a model does inside are in :mod:`corematching.inspection.evidence_figures`.
 """
 
 from __future__ import annotations

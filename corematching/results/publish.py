@@ -5,15 +5,14 @@ Imports pandas, scipy and matplotlib only when called: the runner imports this m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from corematching.results import overlays
 
 if TYPE_CHECKING:
     from corematching.results.aggregate import Aggregation
-
-OVERLAYS = "overlays"
 
 
 def publish(
@@ -42,60 +41,13 @@ def publish(
     """
     from corematching.results.aggregate import aggregate
 
-    return _write(aggregate(folders), Path(out or folders[0]), Path(folders[0]) / OVERLAYS, figures, report)
+    return write(aggregate(folders), Path(out or folders[0]), Path(folders[0]) / overlays.FOLDER, figures, report)
 
 
-def publish_run(
-    folder: Path, say: Callable[[str], None], log_media: Callable[[Callable[[], dict[str, Any]]], None]
-) -> None:
-    """Publish what a run has stored, at its end; whatever goes wrong is said in one line and costs no result.
-
-    Parameters
-    ----------
-    folder
-        The experiment's folder.
-    say
-        Prints a line.
-    log_media
-        ``Tracker.log_media``: given a function that makes media, logs them if there is a tracker.
-    """
-
-    def overlays() -> None:
-        from corematching.results.overlays import record_experiment, uses_bundled_model
-
-        cells = aggregated().cells
-        if uses_bundled_model(cells):
-            # Loading it once more takes a second; for real models there is scripts/report.py --overlays N.
-            record_experiment(cells, folder / OVERLAYS, images=3)
-
-    def report() -> None:
-        _write(aggregated(), folder, folder / OVERLAYS)
-        say(f"report: {folder / 'report.html'} (tables and figures beside it)")
-
-    def tracked() -> None:
-        from corematching.results.dashboard import media
-
-        log_media(lambda: media(aggregated()))
-
-    @cache
-    def aggregated() -> Aggregation:
-        from corematching.results.aggregate import aggregate
-
-        return aggregate([folder])
-
-    for what, action in (("overlays", overlays), ("report", report), ("tracked tables", tracked)):
-        try:
-            action()
-        except ImportError as error:
-            say(f"no {what}: the package {error.name} is not installed; the results are stored")
-        except Exception as error:  # hours of computing must not end in the traceback of a drawing
-            reason = " ".join(str(error).split())[:200]
-            say(f"no {what} ({type(error).__name__}: {reason}); the results are stored")
-
-
-def _write(
+def write(
     aggregation: Aggregation, target: Path, overlay_folder: Path, figures: bool = True, report: bool = True
 ) -> list[Path]:
+    """Write tables, figures and report of an aggregation into `target`, overlays from their folder."""
     from corematching.results.aggregate import write_tables
 
     written = write_tables(aggregation, target / "tables")

@@ -40,7 +40,7 @@ def write_report(aggregation: Aggregation, out: Path, overlay_folder: Path | Non
     out
         The file to write; links to cells are relative to its folder.
     overlay_folder
-        Where :func:`corematching.results.overlays.record` wrote, if it did.
+        Where :func:`corematching.inspection.overlays.record` wrote, if it did.
 
     Returns
     -------

@@ -4,14 +4,17 @@ Whatever goes wrong here (wandb missing, no network, a full disk) is said once a
 record, wandb a copy.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from corematching.evaluation.cells import Cell
+if TYPE_CHECKING:
+    from corematching.evaluation.cells import Cell
 
 
 class Tracker:

@@ -1,4 +1,4 @@
-"""The heavy things of a run, made once and shared by its cells: the model, the tasks of a benchmark, the judge."""
+"""Evaluates cells; holds what they share and what is slow to make: the model, a benchmark's tasks, the judge."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,17 +7,17 @@ import pandas as pd
 import transformers
 
 import corematching as cm
+from corematching.answering.generator import Answer, Generator
 from corematching.benchmarks.judge import load_judge
 from corematching.benchmarks.spec import ROW
 from corematching.errors import UserError
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
-from corematching.evaluation.generator import Answer, Generator
 from corematching.evaluation.trace_summary import check_acted, summarise
 from corematching.models.families import family_of
 
 
-class Workbench:
+class Evaluator:
     """Evaluates the cells of one experiment.
 
     The model is loaded at the first cell; a benchmark's tasks are built at its first cell and dropped at the next

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from corematching.results.evidence import Evidence, Example, elbow, rank_correlation
+from corematching.inspection.evidence import Evidence, Example, elbow, rank_correlation
 from corematching.results.figures import COLOURS, STYLE, new_figure
 
 

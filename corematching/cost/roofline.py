@@ -11,7 +11,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from corematching.efficiency.flops import decode_flops, flops
+from corematching.cost.flops import decode_flops, flops
 from corematching.engine.offload import STAGES, resident_layers
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError

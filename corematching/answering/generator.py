@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from corematching.answering.conversation import prepare_images, render
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
-from corematching.evaluation.conversation import prepare_images, render
 
 # What a task may say about generation and we hand to `generate`; sampling settings only where it samples.
 _PASSED_ON = ("num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
@@ -47,9 +47,9 @@ class Generator:
     model, processor
         As `corematching.load_model` returns them. The tokenizer is set to pad on the left.
     prompt
-        ``llava15`` or ``lmms_eval``; see `corematching.evaluation.conversation.render`.
+        ``llava15`` or ``lmms_eval``; see `corematching.answering.conversation.render`.
     image
-        ``pad`` or ``processor``; see `corematching.evaluation.conversation.prepare_images`.
+        ``pad`` or ``processor``; see `corematching.answering.conversation.prepare_images`.
     batch_size
         Most questions per forward pass.
     max_new_tokens

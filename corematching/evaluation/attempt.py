@@ -11,7 +11,9 @@ from corematching.evaluation.records import describe, new_record
 from corematching.results.store import Store
 
 
-def attempt(cell: Cell, experiment: Experiment, bench: Any, store: Store, reporter: Reporter) -> dict[str, Any] | None:
+def attempt(
+    cell: Cell, experiment: Experiment, evaluator: Any, store: Store, reporter: Reporter
+) -> dict[str, Any] | None:
     """Compute one cell and store it, failure included; None if another process is at it."""
     with store.claim(cell.id) as mine:
         if not mine:
@@ -24,7 +26,7 @@ def attempt(cell: Cell, experiment: Experiment, bench: Any, store: Store, report
         started, clock = datetime.now(UTC), time.perf_counter()
         samples = None
         try:
-            result, samples = bench.evaluate(cell, reporter.advance)
+            result, samples = evaluator.evaluate(cell, reporter.advance)
         except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
             result = {"status": "failed", "error": describe(error)}
         record = new_record(cell, "accuracy", started, time.perf_counter() - clock, result)

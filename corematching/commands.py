@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from corematching.errors import UserError
-from corematching.results.publish import OVERLAYS, publish
+from corematching.results.overlays import FOLDER
+from corematching.results.publish import publish
 
 
 def aggregate_command(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def _report(chosen: Any) -> None:
         raise UserError("several experiments need --out FILE: none of them owns the common report")
     aggregation = aggregate(chosen.experiments)
     if chosen.overlays:
-        from corematching.results.overlays import record_experiment
+        from corematching.inspection.overlays import record_experiment
 
-        record_experiment(aggregation.cells, first / OVERLAYS, chosen.overlays)
-    print(write_report(aggregation, chosen.out or first / "report.html", first / OVERLAYS))
+        record_experiment(aggregation.cells, first / FOLDER, chosen.overlays)
+    print(write_report(aggregation, chosen.out or first / "report.html", first / FOLDER))

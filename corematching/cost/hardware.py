@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 from corematching import registry
-from corematching.efficiency.peaks import Peaks
-from corematching.efficiency.roofline import Hardware
+from corematching.cost.roofline import Hardware
 from corematching.errors import UserError
 from corematching.registry import group_names
 
 THIS = "this"
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Best of several tries, at the dtype that is going to be benched."""
+
+    copy_bandwidth: float
+    """Bytes per second of a large copy, read and written bytes together."""
+    read_bandwidth: float
+    """Bytes per second of a matrix-vector product, which reads only, as decode does."""
+    flops: float
+    """FLOP/s of a large matrix product."""
+
+    @property
+    def bandwidth(self) -> float:
+        """The better of the two: what decode is held against."""
+        return max(self.copy_bandwidth, self.read_bandwidth)
 
 
 def load_hardware(name: str) -> Hardware:

@@ -1,0 +1,1 @@
+"""How a model answers questions: prompts and pictures, batches, generation, traces."""

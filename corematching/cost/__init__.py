@@ -1,0 +1,1 @@
+"""What costs are computed from: FLOPs, roofline, hardware profiles, memory."""

@@ -1,0 +1,66 @@
+"""What a run shows at its end: overlays, tables, figures, report, and the same on its tracker.
+
+Imports pandas, scipy and matplotlib only when called: the runner imports this module, and its errors must be quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corematching.results.overlays import FOLDER
+
+if TYPE_CHECKING:
+    from corematching.results.aggregate import Aggregation
+
+
+def publish_run(
+    folder: Path, say: Callable[[str], None], log_media: Callable[[Callable[[], dict[str, Any]]], None]
+) -> None:
+    """Publish what a run has stored, at its end; whatever goes wrong is said in one line and costs no result.
+
+    Parameters
+    ----------
+    folder
+        The experiment's folder.
+    say
+        Prints a line.
+    log_media
+        ``Tracker.log_media``: given a function that makes media, logs them if there is a tracker.
+    """
+
+    def overlays() -> None:
+        from corematching.inspection.overlays import record_experiment, uses_bundled_model
+
+        cells = aggregated().cells
+        if uses_bundled_model(cells):
+            # Loading it once more takes a second; for real models there is scripts/report.py --overlays N.
+            record_experiment(cells, folder / FOLDER, images=3)
+
+    def report() -> None:
+        from corematching.results.publish import write
+
+        write(aggregated(), folder, folder / FOLDER)
+        say(f"report: {folder / 'report.html'} (tables and figures beside it)")
+
+    def tracked() -> None:
+        from corematching.results.dashboard import media
+
+        log_media(lambda: media(aggregated()))
+
+    @cache
+    def aggregated() -> Aggregation:
+        from corematching.results.aggregate import aggregate
+
+        return aggregate([folder])
+
+    for what, action in (("overlays", overlays), ("report", report), ("tracked tables", tracked)):
+        try:
+            action()
+        except ImportError as error:
+            say(f"no {what}: the package {error.name} is not installed; the results are stored")
+        except Exception as error:  # hours of computing must not end in the traceback of a drawing
+            reason = " ".join(str(error).split())[:200]
+            say(f"no {what} ({type(error).__name__}: {reason}); the results are stored")
