@@ -18,24 +18,25 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from corematching import groups
+from corematching import __version__, groups
 from corematching.errors import UserError
 from corematching.evaluation import machine
+from corematching.evaluation.settings import read_settings
+from corematching.texts import neutral
 
-_FLAGS = {
-    "--help",
-    "-h",
-    "--cfg",
-    "-c",
-    "--resolve",
-    "-r",
-    "--package",
-    "-p",
-    "--info",
-    "-i",
-    "--hydra-help",
-    "--version",
+RUNNERS = {
+    "accuracy": "corematching.evaluation.runner.run_experiment",
+    "efficiency": "corematching.efficiency.bench.run",
 }
+"""What runs an experiment, by the setting ``runner``; imported when it is needed."""
+_FLAGS = {"--help", "-h", "--resolve", "-r", "--info", "-i", "--hydra-help"}
+_WITH_VALUE = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all"), "--package": (), "-p": ()}
+_SEVERAL = (
+    "one command runs one experiment; lists such as methods=[fastv,random] keep=[192,64] benchmark=gqa,pope compare "
+    "within it, and a shell loop runs several"
+)
+_COMPLETION = "there is no tab completion; --help lists every part and setting"
+_NOT_OFFERED = {"--multirun": _SEVERAL, "-m": _SEVERAL, "--shell-completion": _COMPLETION, "-sc": _COMPLETION}
 
 OmegaConf.register_new_resolver("machine", machine.default, replace=True)
 
@@ -49,12 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Command-line words; those of the process by default.
     """
     words = _options_last([_normalise(word) for word in (sys.argv[1:] if arguments is None else arguments)])
-    debug = any(word.lower() in ("debug=true", "debug=1") for word in words)
+    if "--version" in words:
+        print(f"corematching-bench {__version__}")
+        return 0
+    debug = "debug=true" in (word.lower() for word in words)
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [sys.argv[0], *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print at length, and we say it in one line
     try:
-        _check_flags(words)
+        _check_words(words)
         _hydra_main()
         return 0
     except SystemExit as stop:
@@ -76,17 +80,18 @@ def _hydra_main(config: DictConfig) -> None:
     chosen = HydraConfig.get()
     words = chosen.overrides.task
     try:
-        runner = get_method(config.runner)
-        raise SystemExit(runner(settle(config, chosen.runtime.choices, words)))
+        config = settle(config, chosen.runtime.choices, words)
+        runner = get_method(RUNNERS[read_settings(config)["runner"]])
+        raise SystemExit(runner(config))
     except (UserError, OmegaConfBaseException) as error:  # told here, because Hydra would add lines of its own
-        raise SystemExit(_complain(error, words, config.debug)) from None
+        raise SystemExit(_complain(error, words, OmegaConf.select(config, "debug") is True)) from None
 
 
 def _complain(error: Exception, words: Sequence[str], debug: bool) -> int:
     """Print what is wrong in one line; returns the exit status for wrong input."""
     if debug:
         traceback.print_exception(error)
-    print(f"error: {error if isinstance(error, UserError) else explain(error, words)}", file=sys.stderr)
+    print(f"error: {error if isinstance(error, UserError) else neutral(explain(error, words))}", file=sys.stderr)
     return 2
 
 
@@ -109,7 +114,7 @@ def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictCo
             }
             config.methods = [{"name": name, **own}]
         config.pop("method", None)
-        if "judge" not in given and config.data.name == "mini":
+        if "judge" not in given and OmegaConf.select(config, "data.name") == "mini":
             config.judge = groups.load("judge", "local")
         config.command = list(overrides)
     return config
@@ -130,12 +135,40 @@ def _options_last(words: list[str]) -> list[str]:
     return settings + [word for word in words if word not in settings]
 
 
-def _check_flags(words: Sequence[str]) -> None:
-    for word in words:
-        if word.startswith("-") and word.split("=", 1)[0] not in _FLAGS:
-            raise UserError(
-                f"unknown option '{word}'; options are --help and --cfg job, settings are written name=value"
-            )
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse what Hydra would answer at length, or would take for something else than an experiment."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("-"):
+            _check_flag(word, rest)
+        elif "=" in word:
+            _check_setting(word)
+        elif not word.startswith("~"):
+            raise UserError(f"cannot read '{word}': settings are written name=value, lists as [a,b]")
+
+
+def _check_flag(word: str, rest: list[str]) -> None:
+    """Refuse an option that does not exist or lacks its value, which is taken from the words that follow."""
+    flag, has_value, value = word.partition("=")
+    if flag in _NOT_OFFERED:
+        raise UserError(f"'{flag}' is not offered: {_NOT_OFFERED[flag]}")
+    if flag in _WITH_VALUE:
+        value, valid = value if has_value else (rest.pop(0) if rest else ""), _WITH_VALUE[flag]
+        if not value or (valid and value not in valid):
+            raise groups.unknown(f"value of {flag}", value, valid or ["the name of a part"])
+    elif flag not in _FLAGS:
+        raise UserError(f"unknown option '{flag}'; options: --help, --version, --cfg job; settings are name=value")
+
+
+def _check_setting(word: str) -> None:
+    """Refuse a part that is not chosen by one name, and Hydra's own settings."""
+    name, _, value = word.lstrip("+").partition("=")
+    if re.match(r"hydra\b", name):
+        raise UserError(f"'{word}' is not offered: Hydra's own settings are fixed; see --help for what can be set")
+    chosen = value.strip("'\"")
+    if name in groups.parts() and (name, chosen) != ("method", "null") and chosen not in groups.choices(name):
+        raise groups.unknown(name, value, groups.choices(name))
 
 
 def explain(error: Exception, words: Sequence[str]) -> str:

@@ -38,9 +38,14 @@ def unknown(what: str, value: object, valid: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} '{value}'{hint}; valid: {', '.join(valid) or 'none'}")
 
 
+def parts() -> list[str]:
+    """The groups that a command line chooses from."""
+    defaults = OmegaConf.load(registry.CONF / "config.yaml").defaults
+    names = [str(next(iter(entry))) for entry in defaults if not isinstance(entry, str)]
+    return [name for name in names if "/" not in name]
+
+
 def top_level() -> list[str]:
     """Everything that can be set with ``name=value``: the groups, then the root configuration's own settings."""
     root = OmegaConf.load(registry.CONF / "config.yaml")
-    parts = [str(next(iter(entry))) for entry in root.defaults if not isinstance(entry, str)]
-    settings = [str(key) for key in root if key not in ("defaults", "hydra")]
-    return [part for part in parts if "/" not in part] + settings
+    return parts() + [str(key) for key in root if key not in ("defaults", "hydra")]

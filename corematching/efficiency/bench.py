@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from corematching import build_method, compose, load_model
 from corematching.cost.hardware import THIS, dtype_name
@@ -28,11 +28,11 @@ from corematching.efficiency.peaks import measure_peaks
 from corematching.efficiency.rows import Measured, Protocol, measure, predicted_rows
 from corematching.efficiency.table import print_rows, run_table
 from corematching.engine.trace import SampleTrace
-from corematching.errors import UserError
 from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Row, method_rows, model_identity, model_label
 from corematching.evaluation.records import describe, new_record
+from corematching.evaluation.settings import read_settings
 from corematching.methods.base import Method
 from corematching.models.families import family_of
 from corematching.results.store import Store
@@ -54,7 +54,7 @@ def run(config: DictConfig) -> int:
     UserError
         For a wrong setting, or a method that does not fit the model.
     """
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    settings = read_settings(config)
     bench = Bench(settings)
     pending = [row for row in bench.rows if not bench.is_done(row)]
     print(
@@ -81,7 +81,7 @@ class Bench:
         self.settings = settings
         values = dict(settings["efficiency"])
         values["output_tokens"] = tuple(dict.fromkeys(values["output_tokens"]))
-        self.protocol = _protocol(values)
+        self.protocol = Protocol(**values)
         self.rows = tuple(method_rows(settings))
         self.identity = model_identity(settings["model"])
         name = settings["hardware"]["name"]
@@ -231,14 +231,6 @@ class Bench:
             print(f"{self.failed} methods failed; tracebacks are in {self.store.cells}/<id>/cell.json")
         print(f"table: {self.store.root / 'table.md'}, {self.store.root / 'table.csv'}")
         return 1 if self.failed else 0
-
-
-def _protocol(values: dict[str, Any]) -> Protocol:
-    known = set(Protocol.__dataclass_fields__)
-    for name in values:
-        if name not in known:
-            raise UserError(f"unknown setting efficiency.{name}: choose from {', '.join(sorted(known))}")
-    return Protocol(**values)
 
 
 def _method(row: Row) -> Method:

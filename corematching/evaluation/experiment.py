@@ -5,17 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from corematching import groups
-from corematching.answering.conversation import IMAGE_MODES, PROMPTS
 from corematching.benchmarks import Benchmark, DataSource, load_benchmark, load_source
-from corematching.benchmarks.spec import available_benchmarks
 from corematching.errors import UserError
 from corematching.evaluation import machine, provenance
-from corematching.evaluation.cells import Cell
+from corematching.evaluation.cells import Cell, canonical_json
 from corematching.evaluation.matching import MATCHED, Shape, matched_parameters
-from corematching.registry import method_defaults
+from corematching.evaluation.settings import read_settings
+from corematching.registry import build_method, method_defaults
+from corematching.texts import neutral
 
 _ENTRY_KEYS = ("name", "label", "budgets", "with")
 
@@ -56,9 +55,8 @@ def plan(config: DictConfig) -> Experiment:
     UserError
         Names the first wrong value and what would be valid.
     """
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    _check_settings(settings)
-    benchmarks = tuple(load_benchmark(name) for name in _listed(settings, "benchmarks", available_benchmarks()))
+    settings = read_settings(config)
+    benchmarks = tuple(load_benchmark(name) for name in dict.fromkeys(settings["benchmarks"]))
     rows = method_rows(settings)
     model = model_identity(settings["model"])
     source = load_source(**settings["data"])
@@ -78,23 +76,46 @@ def method_rows(settings: Mapping[str, Any]) -> list[Row]:
     it. An entry may instead map each budget to the parameters that mean it (``budgets: {192: {dominant: 162, ...}}``),
     and may be composed with a second method (``with: {name: core_neurons, keep: 0.4}``).
     """
-    budgets = settings["keep"] if isinstance(settings["keep"], list) else [settings["keep"]]
+    budgets = settings["keep"]
     for keep in budgets:
         check_keep("keep", keep, settings["model"].get("visual_tokens"))
-    entries = settings["methods"] if isinstance(settings["methods"], list) else [settings["methods"]]
-    if not entries:
-        raise UserError(f"methods is empty; name one or more of {', '.join(groups.choices('method'))}")
     overrides = settings["model"].get("method_overrides") or {}
     shape = _matching_shape(settings)
-    return [row for entry in entries for row in _entry_rows(entry, budgets, overrides, shape)]
+    return _distinct([row for entry in settings["methods"] for row in _entry_rows(entry, budgets, overrides, shape)])
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    """The rows, each once.
+
+    Raises
+    ------
+    UserError
+        If two different ones would share a line of the table; names both.
+    """
+    lines: dict[tuple[str, Any], Row] = {}
+    for row in rows:
+        keep = float(row.keep) if isinstance(row.keep, int | float) else str(row.keep)  # 1 and 1.0 look alike
+        first = lines.setdefault((neutral(row.label), keep), row)
+        if _content(first) != _content(row):
+            both = f"{_described(first, row)} and {_described(row, first)}"
+            raise UserError(f"two entries of methods are both called '{row.label}': {both}; give one another label")
+    return list(lines.values())
+
+
+def _content(row: Row) -> str:
+    return canonical_json({"name": row.method, **row.parameters})
+
+
+def _described(row: Row, other: Row) -> str:
+    """A method, with those of its parameters that another row has not."""
+    own = {name: value for name, value in row.parameters.items() if repr(value) != repr(other.parameters.get(name))}
+    return f"{row.method} ({', '.join(f'{name}={value}' for name, value in own.items())})" if own else row.method
 
 
 def _matching_shape(settings: Mapping[str, Any]) -> Shape | None:
     """What matching on the average needs to know of the model; None where ``keep`` is taken as it is."""
     if settings.get("match", "keep") == "keep":
         return None
-    if settings["match"] != "average":
-        raise groups.unknown("match", settings["match"], ("keep", "average"))
     model = settings["model"]
     if not (model.get("visual_tokens") and model.get("layers") and model.get("vision_layers")):
         raise UserError(
@@ -108,26 +129,21 @@ def _entry_rows(
     entry: Any, budgets: list[Any], model_overrides: Mapping[str, Mapping[str, Any]], shape: Shape | None = None
 ) -> list[Row]:
     """The rows of one entry of ``methods``; with a ``shape``, budgets are averages over its layers."""
-    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
-    name = entry.get("name")
-    valid = groups.choices("method")
-    if name not in valid:
-        raise groups.unknown("method", name, valid)
+    entry = {"name": entry} if isinstance(entry, str) else entry
+    name = entry["name"]
     known = method_defaults(name)
     own = {key: value for key, value in entry.items() if key not in _ENTRY_KEYS}
     of_model = model_overrides.get(name) or {}
-    for key in (*own, *of_model):
-        if key not in known:
-            raise groups.unknown(f"parameter of {name}", key, known)
     base = {**known, **of_model, **own}
     label = entry.get("label") or name
-    if "with" in entry:
+    if entry.get("with"):
         (second,) = _entry_rows(entry["with"], [], model_overrides)
         base["with"] = {"name": second.method, **second.parameters}
         label = entry.get("label") or f"{name} + {second.label}"
-    if "budgets" in entry:
+    if entry.get("budgets"):
         return [Row(name, label, keep, {**base, **_budget(entry, keep)}) for keep in budgets]
     if shape and name in MATCHED and "keep" not in own:
+        build_method(name, **base)  # the rules compute with its parameters
         return [Row(name, label, keep, {**base, **matched_parameters(name, base, keep, shape)}) for keep in budgets]
     if "keep" not in known or "keep" in own or not budgets:
         return [Row(name, label, base.get("keep"), base)]
@@ -153,14 +169,13 @@ def model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     UserError
-        If the weights are nowhere to be found or a setting is unknown.
+        If the weights are nowhere to be found, or the device is not there.
     """
-    if model["weights"] not in ("pretrained", "random"):
-        raise groups.unknown("weights", model["weights"], ("pretrained", "random"))
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    if model["dtype"] not in dtypes:
-        raise groups.unknown("dtype", model["dtype"], dtypes)
-    on_gpu = machine.gpu_count() > 0 and not str(model["device"]).startswith("cpu")
+    gpus = machine.gpu_count()
+    if model["device"].startswith("cuda") and int(model["device"].partition(":")[2] or 0) >= gpus:
+        there = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
+        raise UserError(f"model.device={model['device']} is not valid: this machine has {there}; give auto or cpu")
+    on_gpu = gpus > 0 and model["device"] != "cpu"
     dtype = ("float16" if on_gpu else "float32") if model["dtype"] == "auto" else model["dtype"]
     identity = {
         "name": model["name"],
@@ -213,31 +228,3 @@ def _budget(entry: Mapping[str, Any], keep: Any) -> Mapping[str, Any]:
         known = ", ".join(str(key) for key in entry["budgets"])
         raise UserError(f"method {entry['name']} has no budget {keep} in this experiment; its budgets: {known}")
     return entry["budgets"][keep]
-
-
-def _listed(settings: Mapping[str, Any], key: str, valid: tuple[str, ...]) -> list[str]:
-    """The names under `key`, once each, all valid."""
-    names = settings[key] if isinstance(settings[key], list) else [settings[key]]
-    if not names:
-        raise UserError(f"{key} is empty; name one or more of {', '.join(valid)}")
-    for name in names:
-        if name not in valid:
-            raise groups.unknown(key.rstrip("s"), name, valid)
-    return list(dict.fromkeys(names))
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    for key, valid in (("prompt", PROMPTS), ("image", IMAGE_MODES)):
-        if settings[key] not in valid:
-            raise groups.unknown(key, settings[key], valid)
-    for key, value in (
-        ("batch_size", settings["batch_size"]),
-        ("limit", settings["limit"]),
-        ("generation.max_new_tokens", settings["generation"]["max_new_tokens"]),
-    ):
-        if value is None and key != "batch_size":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{key}={value} is not valid: give a whole number of at least 1")
-    if not isinstance(settings["seed"], int) or settings["seed"] < 0:
-        raise UserError(f"seed={settings['seed']} is not valid: give a whole number of at least 0")

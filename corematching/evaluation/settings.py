@@ -1,0 +1,287 @@
+"""The schema of a composed configuration: every part, every setting, its type and its range, in this one place.
+
+`read_settings` is the only door: what it returns has no unknown key, no missing one, and no value that could only turn
+out wrong later. Nothing here imports torch, so complaints come at once. What a method's parameters may be is the
+method's own business (:mod:`corematching.methods.parameters`); whether it fits a certain model is looked at before the
+weights are loaded (:mod:`corematching.evaluation.preflight`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from corematching import groups
+from corematching.answering.conversation import IMAGE_MODES, PROMPTS
+from corematching.benchmarks.spec import available_benchmarks
+from corematching.errors import UserError
+from corematching.evaluation.fields import (
+    Count,
+    FolderName,
+    Label,
+    OneOf,
+    OneOrMany,
+    Parameter,
+    Part,
+    Positive,
+    Seed,
+    Switch,
+    Text,
+    Worded,
+    explain,
+    shown,
+)
+from corematching.registry import method_defaults
+
+RUNNERS = ("accuracy", "efficiency")
+Prompt = Annotated[str, OneOf("prompt", lambda: PROMPTS)]
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+def check_parameters(method: str, names: Mapping[str, Any]) -> None:
+    """Refuse parameters that a method does not have."""
+    known = method_defaults(method)
+    for name in names:
+        if name not in known:
+            raise groups.unknown(f"parameter of {method}", name, known)
+
+
+def _named(entry: Any) -> Any:
+    """An entry of ``methods`` may be a bare name."""
+    if isinstance(entry, Mapping) and "name" in entry:
+        return entry
+    return {"name": entry}
+
+
+class Method(Part):
+    """One method; what is not named here is a parameter of it."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Parameter]
+
+    name: Annotated[str, OneOf("method", lambda: groups.choices("method"))]
+    label: Label | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Method:
+        check_parameters(self.name, self.model_extra or {})
+        return self
+
+
+Named = BeforeValidator(_named)
+
+
+class Entry(Method):
+    """One entry of ``methods``: a method, perhaps joined with a second one, perhaps with parameters by budget."""
+
+    budgets: Annotated[dict[Any, dict[str, Parameter]] | None, Worded("the parameters of each budget")] = None
+    second: Annotated[Method, Named] | None = Field(None, alias="with")
+
+    @model_validator(mode="after")
+    def _known_by_budget(self) -> Entry:
+        for parameters in (self.budgets or {}).values():
+            check_parameters(self.name, parameters)
+        return self
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+class Model(Part):
+    """``conf/model``: which weights, and what planning must know of them."""
+
+    name: Label
+    path: Text
+    revision: Text | None
+    weights: Annotated[str, OneOf("weights", lambda: ("pretrained", "random"))]
+    dtype: Annotated[str, OneOf("dtype", lambda: ("auto", "float32", "bfloat16", "float16"))]
+    device: Annotated[
+        str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Worded("auto, cpu, cuda or cuda:N")
+    ]
+    num_layers: Count | None
+    visual_tokens: Count | None = None
+    layers: Count | None = None
+    vision_layers: Count | None = None
+    prompt: Prompt
+    batch_size: Count
+    comparable: Switch = True
+    method_overrides: Annotated[dict[str, dict[str, Parameter]] | None, Worded("parameters by method")] = None
+    architecture: Annotated[dict[str, Any] | None, Worded("the sizes of a model")] = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        if self.num_layers and self.layers and self.num_layers > self.layers:
+            raise UserError(f"model.num_layers={self.num_layers} is not valid: give 1 to {self.layers}, or null")
+        for method, parameters in (self.method_overrides or {}).items():
+            if method not in groups.choices("method"):
+                raise groups.unknown("method", method, groups.choices("method"))
+            check_parameters(method, parameters)
+        return self
+
+
+class Mini(Part):
+    """``data=mini``: the bundled suite."""
+
+    name: Literal["mini"]
+    n: Annotated[int, Field(ge=2, le=100_000), Worded("a whole number from 2 to 100000")]
+    seed: Seed
+
+
+class Hub(Part):
+    """``data=hub``: the real datasets."""
+
+    name: Literal["hub"]
+    revision: Text | None
+
+
+class NoJudge(Part):
+    """``judge=none``."""
+
+    name: Literal["none"]
+
+
+class Judge(Part):
+    """``judge=local`` or ``openai``: how to reach it, and what results say about it."""
+
+    name: Literal["local", "openai"]
+    url: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/]+"), Worded("an http(s) address")] | None
+    url_env: Text | None
+    key_env: Text | None
+    model: Text
+    timeout: Annotated[float, Field(gt=0, le=3600), Worded("seconds, above 0 and at most 3600")]
+    attempts: Annotated[int, Field(ge=1, le=100), Worded("a whole number from 1 to 100")]
+    note: Text
+
+    @model_validator(mode="after")
+    def _note_can_be_filled(self) -> Judge:
+        try:
+            self.note.format(model=self.model)
+        except (LookupError, ValueError, AttributeError):
+            raise UserError(
+                f"judge.note={shown(self.note)} is not valid: give a text; {{model}} stands for the judge's model"
+            ) from None
+        return self
+
+
+class Local(Part):
+    """``executor=local``."""
+
+    name: Literal["local"]
+
+
+class Processes(Part):
+    """``executor=processes``."""
+
+    name: Literal["processes"]
+    workers: Annotated[int, Field(ge=1, le=1024), Worded("a count of at least 1, or null")] | None
+
+
+class NoTracking(Part):
+    """``tracking=none``."""
+
+    name: Literal["none"]
+    mode: None
+
+
+class Wandb(Part):
+    """``tracking=wandb`` or ``wandb_offline``."""
+
+    name: Literal["wandb", "wandb_offline"]
+    mode: Annotated[str, OneOf("tracking.mode", lambda: ("online", "offline"))]
+    project: Text
+    entity: Text | None
+    group: Text | None
+
+
+class Hardware(Part):
+    """``conf/hardware``: another machine, for predictions; ``this`` states nothing."""
+
+    name: Label
+    flops: Annotated[dict[str, Positive] | None, Worded("FLOP/s by dtype")]
+    bandwidth: Positive | None
+    memory: Positive | None
+    link: Positive | None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Hardware:
+        figures = {"flops": self.flops, "bandwidth": self.bandwidth, "memory": self.memory, "link": self.link}
+        for name, value in figures.items():
+            if (value is None) != (self.name == "this"):
+                wording = "nothing: this machine is measured" if value else "a number above 0"
+                raise UserError(f"hardware.{name}={shown(value)} is not valid for hardware {self.name}: give {wording}")
+        return self
+
+
+class Efficiency(Part):
+    """How times are measured; see :class:`corematching.efficiency.rows.Protocol`."""
+
+    output_tokens: Annotated[list[Count], OneOrMany, Field(min_length=1), Worded("whole numbers of at least 1")]
+    repeats: Count
+    engine: Annotated[str, OneOf("engine", lambda: ("eager", "compiled"))]
+    before: Count
+    after: Count
+
+
+class Generation(Part):
+    """Settings of generation."""
+
+    max_new_tokens: Count | None
+
+
+class Settings(Part):
+    """The whole configuration."""
+
+    experiment: FolderName
+    runner: Annotated[str, OneOf("runner", lambda: RUNNERS)]
+    model: Model
+    data: Annotated[Mini | Hub, Field(discriminator="name")]
+    judge: Annotated[NoJudge | Judge, Field(discriminator="name")]
+    executor: Annotated[Local | Processes, Field(discriminator="name")]
+    tracking: Annotated[NoTracking | Wandb, Field(discriminator="name")]
+    hardware: Hardware | None = None
+    efficiency: Efficiency | None = None
+    methods: Annotated[list[Annotated[Entry, Named]], OneOrMany]
+    keep: Annotated[list[Any], OneOrMany]
+    match: Annotated[str, OneOf("match", lambda: ("keep", "average"))]
+    benchmarks: Annotated[list[Annotated[str, OneOf("benchmark", available_benchmarks)]], OneOrMany]
+    prompt: Prompt
+    image: Annotated[str, OneOf("image", lambda: IMAGE_MODES)]
+    generation: Generation
+    batch_size: Count
+    limit: Count | None
+    seed: Seed
+    results_dir: Text
+    report: Switch
+    debug: Switch
+    command: list[str] = Field([], repr=False)  # noted by the command line, not set on it
+
+    @model_validator(mode="after")
+    def _complete(self) -> Settings:
+        if not self.methods:
+            raise UserError(f"methods is empty; name one or more of {', '.join(groups.choices('method'))}")
+        timed = self.runner == "efficiency"
+        if not timed and not self.benchmarks:
+            raise UserError(f"benchmarks is empty; name one or more of {', '.join(available_benchmarks())}")
+        for name in ("hardware", "efficiency"):
+            if (getattr(self, name) is not None) != timed:
+                wording = "is missing: runner=efficiency needs it" if timed else "is of use with runner=efficiency only"
+                raise UserError(f"{name} {wording} (see +experiment=efficiency)")
+        return self
+
+
+def read_settings(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain values, every one of them checked.
+
+    ``methods``, ``keep`` and ``benchmarks`` are lists, every entry of ``methods`` is a mapping with a ``name``.
+
+    Raises
+    ------
+    UserError
+        Names the first wrong setting, its value and what would be valid.
+    """
+    values = OmegaConf.to_container(config, resolve=True)
+    try:
+        return Settings.model_validate(values).model_dump(by_alias=True, exclude_unset=True)
+    except ValidationError as error:
+        raise explain(error) from None
