@@ -28,13 +28,13 @@ class FakeView:
         self.valid = torch.arange(n) >= n - torch.tensor(self.lengths)[:, None]
         self.visual_mask = torch.zeros(batch, n, dtype=torch.bool)
         self.visual_mask[:, list(visual)] = True
-        self.spent = 0.0
+        self.spent = [0.0] * batch
 
-    def queries(self, rows):
+    def queries(self, rows, counts=None):
         return self.all_queries[:, :, rows]
 
     def spend(self, flops):
-        self.spent += flops
+        self.spent = [before + more for before, more in zip(self.spent, flops, strict=True)]
 
 
 def random_view(n=90, heads=4, kv_heads=2, batch=2, lengths=None, visual=range(5, 40), seed=0):
@@ -68,7 +68,7 @@ def kept_sets(decision, row, head):
 def test_chunked_attention_sums_equal_the_full_matrix(plus_one):
     view = random_view(n=150, lengths=[150, 80])
     weights = torch.rand(2, 130, 3) * view.valid[:, -130:, None]
-    received = attention_received(view, 130, weights, plus_one)
+    received = attention_received(view, [130, 80], weights, plus_one)
     full = full_attention(view, plus_one)[:, :, -130:]
     expected = grouped(torch.einsum("bhrn,brg->bhgn", full, weights), 2)
     torch.testing.assert_close(received, expected, atol=1e-5, rtol=1e-4)
@@ -240,6 +240,10 @@ def test_bad_parameters_are_named(name, parameters, message):
 
 
 def test_overhead_is_booked():
-    view = random_view()
-    cm.build_method("h2o").select(view)
-    assert view.spent == 2 * 90 * 90 * (4 * 8 + 2), "queries by keys, then the sum over queries for two key heads"
+    view = random_view(lengths=[90, 40])
+    cm.build_method("h2o", keep=20).select(view)
+    # Queries by keys, then the sum over queries for two key heads; of the padding, nothing.
+    assert view.spent == [2 * n * n * (4 * 8 + 2) for n in (90, 40)]
+    view = random_view(lengths=[90, 20])
+    cm.build_method("snapkv", keep=20, window=8).select(view)
+    assert view.spent == [2 * 8 * 90 * (4 * 8 + 1 + 1), 0], "the second stays whole"

@@ -309,9 +309,11 @@ def test_topv_prefers_the_centre_when_only_the_centre_counts(random_llava):
 
 # ----------------------------------------------------------------------------------------------------------------- SGL
 @torch.no_grad()
-def test_sgl_keeps_what_the_guide_attended_to(random_llava, small_guide):
+@pytest.mark.parametrize(("observers", "first"), [("last_visual", 1), ("after_image", 0)])
+def test_sgl_keeps_what_the_guide_attended_to(observers, first, random_llava, small_guide):
     prompt = make_prompt(12, text=8)
-    with cm.build_method("sgl", guide=small_guide, keep=9, layer_fraction=0.5)(random_llava) as trace:
+    method = cm.build_method("sgl", guide=small_guide, keep=9, layer_fraction=0.5, observers=observers)
+    with method(random_llava) as trace:
         greedy(random_llava, prompt, max_new_tokens=4)
     (sample,) = trace.samples
     guide, _ = cm.load_model(small_guide)
@@ -320,7 +322,8 @@ def test_sgl_keeps_what_the_guide_attended_to(random_llava, small_guide):
     inputs = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "pixel_values": prompt["pixel_values"]}
     attention = torch.stack(eager_attention(guide, inputs))[:, 0].sum((0, 1))
     after_image = 5 + IMAGE_TOKENS
-    score = attention[after_image:, 5:after_image].sum(0)
+    # The last visual token is the first to look.
+    score = attention[after_image - first :, 5:after_image].sum(0)
     assert [len(layer) for layer in sample.visual_tokens] == [64, 64, 64, 9, 9, 9]
     assert sample.visual_tokens[3].tolist() == score.topk(9).indices.sort().values.tolist()
     assert sample.guide.passes[0].decode_steps == 3
@@ -338,15 +341,21 @@ def test_sgl_without_generate_reads_the_prompt_only(random_llava, small_guide):
 
 
 @torch.no_grad()
-def test_sgl_early_exit_takes_confident_answers_and_only_those(random_llava, small_guide, prompts):
+@pytest.mark.parametrize("exit_score", ["mean", "confidence", "consistency"])
+def test_sgl_early_exit_takes_confident_answers_and_only_those(exit_score, random_llava, small_guide, prompts):
+    parameters = {"guide": small_guide, "keep": 0.5, "consistency_keep": 0.25, "exit_score": exit_score}
+
     def answer(early_exit, inputs):
-        with cm.build_method("sgl", guide=small_guide, keep=0.5, early_exit=early_exit)(random_llava) as trace:
+        with cm.build_method("sgl", early_exit=early_exit, **parameters)(random_llava) as trace:
             return greedy(random_llava, inputs, max_new_tokens=3), trace.samples
 
     guide, _ = cm.load_model(small_guide)
     small = [greedy(guide, prompt, max_new_tokens=3, suppress_tokens=[99])[0] for prompt in prompts]
     large = [answer(None, prompt)[0][0] for prompt in prompts]
-    confidence = [rescored(guide, prompt, own, keep=0.5) for prompt, own in zip(prompts, small, strict=True)]
+    sure = [confidence_of(guide, prompt, own) for prompt, own in zip(prompts, small, strict=True)]
+    again = [rescored(guide, prompt, own, keep=0.25) for prompt, own in zip(prompts, small, strict=True)]
+    both = [(one + other) / 2 for one, other in zip(sure, again, strict=True)]
+    confidence = {"mean": both, "confidence": sure, "consistency": again}[exit_score]
     threshold = (sorted(confidence)[0] + sorted(confidence)[1]) / 2
     answers, samples = answer(threshold, left_pad(prompts))
     for row, own in enumerate(confidence):
@@ -356,7 +365,10 @@ def test_sgl_early_exit_takes_confident_answers_and_only_those(random_llava, sma
         assert sum(samples[row].llm_tokens) == 0 if exits else min(samples[row].llm_tokens) > 0
         assert samples[row].generated_tokens == 3
         assert samples[row].prompt_tokens == prompts[row]["input_ids"].shape[1]
-        assert len(samples[row].guide.passes) == 2
+        assert len(samples[row].guide.passes) == (1 if exit_score == "confidence" else 2)
+        assert samples[row].guide.confidence == pytest.approx(sure[row], rel=1e-4)
+        if exit_score != "confidence":
+            assert samples[row].guide.consistency == pytest.approx(again[row], rel=1e-3)
     everyone, samples = answer(1e-30, left_pad(prompts))
     assert torch.equal(everyone, torch.stack(small))
     cost = cm.flops(random_llava.config, samples[0])
@@ -378,13 +390,22 @@ def test_sgl_early_exit_with_beams_composed_with_neurons(random_llava, small_gui
     assert {len(neurons) for sample in trace.samples for neurons in sample.neurons} == {24}
 
 
+def confidence_of(guide, prompt, answer):
+    """Geometric mean of the answer's token probabilities, with the image token ruled out as in its generation."""
+    whole = torch.cat([prompt["input_ids"], answer[None]], 1)
+    inputs = {**prompt, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    logits = guide(**inputs).logits[0, -len(answer) - 1 : -1]
+    logits[:, 99] = -torch.inf
+    return float(logits.softmax(-1).gather(1, answer[:, None]).log().mean().exp())
+
+
 def rescored(guide, prompt, answer, keep):
-    """Confidence by hand: prune the guide before layer 0 by its own scores, multiply the answer's probabilities."""
+    """Consistency by hand: prune the guide before layer 0 by its own scores, multiply the answer's probabilities."""
     whole = torch.cat([prompt["input_ids"], answer[None]], 1)
     inputs = {**prompt, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
     visual = (whole[0] == 99).nonzero()[:, 0]
     attention = torch.stack(eager_attention(guide, inputs))[:, 0].sum((0, 1))
-    score = attention[int(visual[-1]) + 1 : -1, visual].sum(0)
+    score = attention[int(visual[-1]) : -1, visual].sum(0)
     kept = score.topk(int(keep * len(visual))).indices
     hidden = torch.ones(whole.shape[1], dtype=torch.bool)
     hidden[visual] = False
@@ -423,6 +444,8 @@ def test_sgl_refuses_a_guide_with_another_grid(random_llava, tmp_path):
         ("topv", {"central_weight": -1}, r"central_weight=-1"),
         ("sgl", {"layer_fraction": 1.0}, r"layer_fraction=1.0"),
         ("sgl", {"early_exit": 0}, r"early_exit=0"),
+        ("sgl", {"exit_score": "sum"}, r"exit_score='sum'.*mean, confidence, consistency"),
+        ("sgl", {"observers": "all"}, r"observers='all'.*last_visual, after_image"),
     ],
 )
 def test_bad_parameters_are_named(name, parameters, message):

@@ -6,13 +6,9 @@ import copy
 
 import pytest
 import torch
-from conftest import IMAGE_TOKENS, left_pad, make_prompt
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
+from conftest import IMAGE_TOKENS, left_pad, make_prompt, word_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPModel
 
 import corematching as cm
 
@@ -256,39 +252,6 @@ def test_parameters_that_do_not_fit_the_model_are_named(name, parameters, messag
 
 
 # ------------------------------------------------------------------------------------------------- cdpruner end to end
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    """A random CLIP of the tower's width with its own tokenizer: path of a folder."""
-    folder = tmp_path_factory.mktemp("clip")
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text |= {"vocab_size": 100, "max_position_embeddings": 8, "eos_token_id": 99, "bos_token_id": 98}
-    vision = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
-        CLIPModel(config).save_pretrained(folder)
-    word_tokenizer(ends=True).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def readable_llava(random_llava, tmp_path, monkeypatch):
-    """The random LLaVA with a tokenizer where it came from."""
-    word_tokenizer(ends=False).save_pretrained(tmp_path)
-    monkeypatch.setattr(random_llava.config, "_name_or_path", str(tmp_path))
-    return random_llava
-
-
-def word_tokenizer(ends):
-    """One word per id; CLIP's ends every text with its end token."""
-    words = {f"word{index}": index for index in range(98)} | {"ASSISTANT:": 98, "</s>": 99}
-    base = Tokenizer(WordLevel(words, unk_token="</s>"))
-    base.pre_tokenizer = WhitespaceSplit()
-    if ends:
-        base.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 99)])
-    return PreTrainedTokenizerFast(tokenizer_object=base, eos_token="</s>")
-
-
 @torch.no_grad()
 def test_cdpruner_reads_the_instruction(text_model, readable_llava, prompts):
     kept = {}

@@ -5,7 +5,7 @@ Knows transformers and the methods, not lmms-eval; `corematching.evaluation.lmms
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -163,8 +163,7 @@ def _own_share(trace: SampleTrace, tokens: int) -> SampleTrace:
     """The trace of one sample as if its batch had stopped with its own answer instead of the longest one."""
     if trace.guide is not None and trace.guide.answered:
         return trace  # nothing of the guided model ran
-    surplus = trace.decode_steps - (tokens - 1)
-    return replace(trace, decode_steps=tokens - 1, head_positions=trace.head_positions - surplus)
+    return trace.stopped_after(tokens - 1)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

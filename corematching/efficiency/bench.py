@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ class Bench:
         from corematching.answering.generator import Answer
         from corematching.evaluation.trace_summary import summarise
 
-        sample = replace(trace, decode_steps=tokens - 1, head_positions=tokens)
+        sample = trace.stopped_after(tokens - 1)
         summary = summarise([Answer("", tokens, sample)], config or self.model.config)
         return {"status": "done", "bench": bench, "trace": summary}
 

@@ -226,7 +226,7 @@ class StaticDecoder:
             for ffn in self.state.ffn.values():
                 ffn.check_rows()
             self._replay()
-            self.state.head_positions += 1  # counted by a hook where Python runs
+            self.state.count_head(1)  # counted by a hook where Python runs
         return self.token
 
     def _fill(self, state: PromptState, cache: DynamicCache, token: Tensor) -> None:

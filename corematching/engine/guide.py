@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from corematching.engine.layout import Layout
+from corematching.engine.observed import AttentionTap, TokenProbabilities
 from corematching.engine.trace import GuideTrace, SampleTrace, Trace
-from corematching.engine.views import heads_of, rotate
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Guide, Keep, Method
 from corematching.methods.dense import Dense
 from corematching.methods.views import LayerView
-from corematching.models.families import Family, family_of
+from corematching.models.families import family_of
 from corematching.models.loading import load_model
 
 if TYPE_CHECKING:
@@ -45,86 +43,56 @@ class Reading:
 
     scores: Tensor
     """[B, V]: attention that each visual token received."""
-    answers: Tensor | None
-    """Long [B, T]: the guide's greedy answers; None if it only read the prompts."""
-    confidence: list[float] | None
-    """Per sample, if early exit asked for it."""
+    sees: list[bool]
+    """Per sample: whether there is an image to guide by."""
     trace: Trace
     """The guide's passes, all samples of one pass after the other."""
-    scoring_flops: float
+    scoring_flops: list[float]
     """Matrix products, per sample, that scoring the visual tokens took."""
     config: Any
-
+    answers: Tensor | None = None
+    """Long [B, T]: the guide's greedy answers; None if it only read the prompts."""
+    counted: Tensor | None = None
+    """Bool [B, T]: answer tokens up to and including each sample's end-of-sequence token."""
+    lengths: list[int] = field(default_factory=list)
+    """Per sample: its answer's tokens."""
+    confidence: list[float] = field(default_factory=list)
+    """Per sample: geometric mean of the answer tokens' probabilities."""
+    consistency: list[float] = field(default_factory=list)
+    """Per sample: probability of the answer when the guide sees a pruned image; empty where nothing asks for it."""
     exits: list[bool] = field(default_factory=list)
     """Per sample, whether the guide's answer is final (empty: none is)."""
 
-    def traces(self) -> list[GuideTrace]:
-        """One entry per prompt."""
-        rows, samples = len(self.scores), self.trace.samples
-        passes = [[samples[start + row] for start in range(0, len(samples), rows)] for row in range(rows)]
-        return [GuideTrace(self.config, own, row in self.final, self.scoring_flops) for row, own in enumerate(passes)]
+    def traces(self) -> list[GuideTrace | None]:
+        """One entry per prompt; None for prompts without an image, which no guide reads when they run alone."""
+        return [self._trace(row) if seen else None for row, seen in enumerate(self.sees)]
+
+    def _trace(self, row: int) -> GuideTrace:
+        passes = self.trace.samples[row :: len(self.scores)]
+        if self.lengths:
+            # As if the batch had stopped with this sample's answer.
+            first, *again = passes
+            tokens = self.lengths[row]
+            passes = [first.stopped_after(tokens - 1), *(replace(own, head_positions=tokens + 1) for own in again)]
+        return GuideTrace(
+            self.config,
+            passes,
+            row in self.final,
+            self.scoring_flops[row],
+            self.confidence[row] if self.confidence else None,
+            self.consistency[row] if self.consistency else None,
+        )
+
+    def exit_scores(self, kind: str) -> list[float]:
+        """Per sample, what is compared with the early-exit threshold."""
+        if kind == "mean":
+            return [(first + second) / 2 for first, second in zip(self.confidence, self.consistency, strict=True)]
+        return self.confidence if kind == "confidence" else self.consistency
 
     @property
     def final(self) -> set[int]:
         """Samples whose answer is the guide's."""
         return {row for row, exit_here in enumerate(self.exits) if exit_here}
-
-
-class AttentionTap:
-    """Hooks on a stock decoder that sum the attention visual tokens receive, pass by pass.
-
-    In the pass that reads the prompt, the positions after the last image query; in later ones, the decoded token.
-    Only these query rows are computed again; keys come from the cache.
-    """
-
-    def __init__(self, family: Family, model: Any, input_ids: Tensor, valid: Tensor) -> None:
-        positions = torch.zeros_like(input_ids)
-        self.layout = Layout.of_prompt(input_ids, valid, positions, family.image_token_id(model.config))
-        index = torch.arange(input_ids.shape[1], device=input_ids.device)
-        is_visual = self.layout.visual_id > -2
-        self.observes = valid & (index > (index * is_visual).amax(1, keepdim=True))
-        self.rows = max(1, int(self.observes.sum(1).max()))
-        self.passes: list[Tensor] = []
-        """Per pass: [B, V]."""
-        self.flops = 0.0
-        """Matrix products of the recomputed rows, per sample."""
-        decoder: Any = family.decoder(model)
-        self.layers = decoder.layers[: decoder.config.num_hidden_layers]
-
-    @contextmanager
-    def installed(self):
-        """Keep the hooks on for the duration of the context."""
-        handles = [
-            layer.self_attn.register_forward_hook(functools.partial(self._note, index), with_kwargs=True)
-            for index, layer in enumerate(self.layers)
-        ]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _note(self, index: int, attn: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        module: Any = attn
-        hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
-        if index == 0:
-            self.passes.append(self.layout.visual_valid.new_zeros(self.layout.visual_valid.shape, dtype=torch.float32))
-        reading = len(self.passes) == 1
-        rows = self.rows if reading else hidden.shape[1]
-        queries = rotate(heads_of(module.q_proj(hidden[:, -rows:]), module.head_dim), cos[:, -rows:], sin[:, -rows:])
-        keys = kwargs["past_key_values"].layers[index].keys
-        keys = keys.repeat_interleave(module.num_key_value_groups, dim=1)
-        length = keys.shape[2]
-        place = torch.arange(length, device=keys.device)
-        decoded = self.layout.valid.new_ones(len(keys), length - self.layout.valid.shape[1])
-        visible = torch.cat([self.layout.valid, decoded], 1)[:, None] & (place <= place[-rows:, None])
-        logits = (queries @ keys.transpose(2, 3)).float() * module.scaling
-        self.flops += 2 * rows * (module.q_proj.weight.numel() + keys.shape[1] * length * module.head_dim)
-        probabilities = logits.masked_fill(~visible[:, None], torch.finfo(logits.dtype).min).softmax(-1)
-        if reading:
-            probabilities = probabilities * self.observes[:, None, -rows:, None]
-        received = probabilities.sum((1, 2)).gather(1, self.layout.visual)
-        self.passes[-1] += received * self.layout.visual_valid
 
 
 @dataclass(frozen=True)
@@ -176,12 +144,14 @@ class Guidance:
             rows = list(range(len(reading.scores)))
         if self.session.current is not None:
             self.session.current.guide = lambda: [reading.traces()[row] for row in rows]
-        return self._decide(reading.scores[rows], view)
+        return self._decide(reading.scores[rows], self.stage.select, view)
 
-    def _decide(self, scores: Tensor, view: LayerView) -> Keep | None:
+    def _decide(
+        self, scores: Tensor, select: Callable[[Tensor, LayerView], Keep | None], view: LayerView
+    ) -> Keep | None:
         # Beam search repeats every prompt.
         scores = scores.repeat_interleave(len(view.origin) // len(scores), dim=0)
-        return self.stage.select(scores.gather(1, view.origin.clamp(min=0)), view)
+        return select(scores.gather(1, view.origin.clamp(min=0)), view)
 
     # ----------------------------------------------------------------------------------------------------- the guide
     @torch.no_grad()
@@ -190,20 +160,25 @@ class Guidance:
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        tap = AttentionTap(self.family, self.model, ids, valid)
+        tap = AttentionTap(self.family, self.model, ids, valid, self.stage.after_image)
+        sees = [count > 0 for count in tap.layout.visual_counts]
         with Dense()(self.model) as trace, tap.installed():
             if options is None:
                 self.model(**inputs, use_cache=True, logits_to_keep=1)
-                return Reading(tap.passes[0], None, None, trace, tap.flops, self.model.config)
+                spent = tap.spent([1] * len(ids))
+                return Reading(tap.passes[0], sees, trace, spent, self.model.config)
+            sure = TokenProbabilities()
+            options = {**options, "logits_processor": [*(options.get("logits_processor") or []), sure]}
             answers = self.model.generate(**inputs, **options)[:, ids.shape[1] :]
+        # Pass p was fed answer token p - 1; after a sample's end it was fed padding.
         counted = self._before_end(answers, options)
-        scores = tap.passes[0]
-        for step, received in enumerate(tap.passes[1:], start=1):
-            # This pass was fed answer token step - 1; after a sample's end it was fed padding.
-            scores = scores + received * counted[:, step, None]
-        reading = Reading(scores, answers, None, trace, tap.flops, self.model.config)
-        if self.stage.early_exit is not None:
-            reading.confidence = self._confidence(reading, inputs, valid, counted)
+        lengths = counted.sum(1).tolist()
+        reading = Reading(
+            tap.scores(counted), sees, trace, tap.spent(lengths), self.model.config, answers, counted, lengths
+        )
+        reading.confidence = sure.mean(counted)
+        if self.stage.early_exit is not None and self.stage.exit_score != "confidence":
+            reading.consistency = self._consistency(reading, inputs, valid)
         return reading
 
     def _before_end(self, answers: Tensor, options: dict[str, Any]) -> Tensor:
@@ -214,20 +189,29 @@ class Guidance:
         ended = torch.isin(answers, torch.as_tensor(end, device=answers.device)).long()
         return ended.cumsum(1) - ended == 0
 
-    def _confidence(self, reading: Reading, inputs: dict[str, Any], valid: Tensor, counted: Tensor) -> list[float]:
+    def _consistency(self, reading: Reading, inputs: dict[str, Any], valid: Tensor) -> list[float]:
         """Probability of each answer when the guide sees its own pruned image."""
-        answers = reading.answers
+        answers, counted = reading.answers, reading.counted
         assert answers is not None
+        assert counted is not None
+        # Moved right until every row ends with its own answer: prompts are padded on the left.
+        ids = torch.cat([inputs["input_ids"], answers], 1)
+        place = torch.arange(ids.shape[1], device=ids.device) - (~counted).sum(1, keepdim=True)
+        real = torch.cat([valid, counted], 1).gather(1, place.clamp(min=0)) & (place >= 0)
+        ids = ids.gather(1, place.clamp(min=0)).masked_fill(~real, self._pad_token())
         again = {
             **inputs,
-            "input_ids": torch.cat([inputs["input_ids"], answers], 1),
-            "attention_mask": torch.cat([valid, torch.ones_like(answers, dtype=torch.bool)], 1).long(),
+            "input_ids": ids,
+            "attention_mask": real.long(),
+            "position_ids": (real.long().cumsum(1) - 1).clamp(min=0),
         }
-        with _Pruned(functools.partial(self._decide, reading.scores))(self.model) as trace:
-            logits = self.model(**again, logits_to_keep=answers.shape[1] + 1).logits[:, :-1]
+        tokens = answers.shape[1]
+        with _Pruned(functools.partial(self._decide, reading.scores, self.stage.rescore))(self.model) as trace:
+            logits = self.model(**again, logits_to_keep=tokens + 1).logits[:, :-1]
         reading.trace.defer(lambda: trace.samples)
-        of_answer = logits.float().log_softmax(-1).gather(2, answers[..., None])[..., 0]
-        return of_answer.masked_fill(~counted, 0).sum(1).exp().tolist()
+        logs = logits.float().log_softmax(-1).gather(2, ids[:, -tokens:, None])[..., 0]
+        own = counted.flip(1)  # a row's answer stands at the end now
+        return logs.masked_fill(~own, 0).sum(1).exp().tolist()
 
     # ---------------------------------------------------------------------------------------- the guided model's answer
     def generate(self, stock: Callable) -> Callable:
@@ -256,10 +240,10 @@ class Guidance:
     def _finish(self, stock: Callable, given: dict[str, Tensor], options: dict[str, Any], reading: Reading) -> Any:
         """Take confident answers of the guide, let the guided model answer the other prompts."""
         threshold, batch = self.stage.early_exit, len(reading.scores)
-        if threshold is not None and reading.confidence is not None:
+        if threshold is not None:
             # Without an image there is nothing to guide, and nothing to compare a pruned image with.
-            sees = [count > 0 for count in self._images(given)]
-            reading.exits = [own >= threshold and seen for own, seen in zip(reading.confidence, sees, strict=True)]
+            sure = reading.exit_scores(self.stage.exit_score)
+            reading.exits = [own >= threshold and seen for own, seen in zip(sure, reading.sees, strict=True)]
         rows = [row for row in range(batch) if row not in reading.final]
         if len(rows) == batch:
             return self._guided(stock, given, options, reading, rows)
@@ -309,7 +293,7 @@ class Guidance:
         lengths = mask.sum(1).tolist()
         samples: list[SampleTrace] = []
         for row, guide in enumerate(guides):
-            if guide.answered:
+            if guide is not None and guide.answered:
                 samples += [self._spared(guide, lengths[row])] * max(1, beams)
             else:
                 samples += [next(ran) for _ in range(beams)]

@@ -147,7 +147,8 @@ def _reduce(
         session.attended.get(stage.layer - 1),
         decoder.norm,
     )
-    decision = stage.select(view)
+    with state.ledger.charging([count > 0 for count in layout.visual_counts]):
+        decision = stage.select(view)
     if decision is None:
         return hidden, layout
     if isinstance(decision, Keep):
@@ -201,7 +202,8 @@ def _shrink_kv(decision: KeepKV | ZeroKV | None, state: PromptState, index: int,
         gone = decision.mask[:, None, :, None]
         layer_cache.keys = layer_cache.keys.masked_fill(gone, 0)
         layer_cache.values = layer_cache.values.masked_fill(gone, 0)
-        state.zeroed_kv += int(decision.mask.sum())
+        gone_now = decision.mask.sum(1).tolist()
+        state.zeroed_kv = [before + now for before, now in zip(state.zeroed_kv, gone_now, strict=True)]
     elif isinstance(decision, KeepKV):
         gather = decision.index[..., None].expand(-1, -1, -1, layer_cache.keys.shape[-1])
         layer_cache.keys = layer_cache.keys.gather(2, gather)

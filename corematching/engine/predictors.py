@@ -96,5 +96,5 @@ class TokenwiseFFN:
             chosen = torch.cat([index, self.hot.expand(len(index), -1)], 1).sort(dim=1).values
         layer = self.stage.layer
         state.neurons[layer], state.ffn[layer] = chosen.unflatten(0, x.shape[:2])[:, -1], ffn
-        state.ledger.flops += self.predictor.flops * x.shape[1]
+        state.ledger.spend(self.predictor.flops * x.shape[1])
         return answer

@@ -160,7 +160,7 @@ class Session:
 
     def _note_head(self, module: nn.Module, args: tuple) -> None:
         if self.current is not None:
-            self.current.head_positions += args[0].shape[1]
+            self.current.count_head(args[0].shape[1])
 
     def _note_activations(self, index: int, module: nn.Module, args: tuple) -> None:
         if self.active is None:
@@ -221,8 +221,8 @@ class Session:
             self.geometry.vision_depth,
             self.geometry.image_tokens + int(self.family.has_cls(self.model.config)),
         )
-        state.vision_tokens = state.vision_mlp_tokens = [sum(images) * patches] * depth
-        state.projected_tokens = sum(layout.visual_counts)
+        state.vision_tokens = state.vision_mlp_tokens = [patches] * depth
+        state.projected_tokens = list(layout.visual_counts)
         if cache is not None:
             self.states[cache] = state
         self.current = state
@@ -234,6 +234,7 @@ class Session:
             embeds,
             layout.visual_id > -2,
             valid,
+            list(layout.lengths),
             list(layout.visual_counts),
             self.family.grid(self.model.config),
         )
@@ -260,8 +261,8 @@ class Session:
             raise UserError("vision-side methods need pixel_values to pass through the installed model")
         run.book(prompt, state.images, state.ledger)
         total = run.states[0].shape[0]
-        state.vision_tokens = [tokens * sum(state.images) // total for tokens in run.attention_tokens]
-        state.vision_mlp_tokens = [tokens * sum(state.images) // total for tokens in run.mlp_tokens]
+        state.vision_tokens = [tokens // total for tokens in run.attention_tokens]
+        state.vision_mlp_tokens = [tokens // total for tokens in run.mlp_tokens]
         decision = image_decision(run, self.output)
         if decision is None:
             rows = torch.tensor([i for own in run.images for i in own], device=hidden.device)
@@ -270,7 +271,7 @@ class Session:
         renumber = self.output.renumber if self.output is not None else self.blocks.renumber  # type: ignore[union-attr]
         replaced = per_sample(decision, run.images, self.geometry.image_tokens)
         if not run.projects_all:
-            state.projected_tokens = sum(replaced.counts or [])
+            state.projected_tokens = list(replaced.counts or [])
         layout, hidden = layout.replace(replaced, hidden, renumber)
         return hidden, layout
 

@@ -22,7 +22,7 @@ class PromptState:
     prompt: Layout
     """The sequence before any reduction."""
     images: list[int]
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: Ledger = field(init=False)
     layouts: list[Layout] = field(default_factory=list)
     """Per layer: the sequence that entered it."""
     kv_valid: list[Tensor | None] = field(default_factory=list)
@@ -37,16 +37,32 @@ class PromptState:
     seen: int = 0
     """Logical tokens so far: the padded prompt and every decoded token."""
     decode_steps: int = 0
-    head_positions: int = 0
+    head_positions: list[int] = field(init=False)
+    """Per sample: positions for which logits were computed."""
     predictor_weights: float = 0.0
-    zeroed_kv: int = 0
+    zeroed_kv: list[int] = field(init=False)
     vision_tokens: list[int] = field(default_factory=list)
+    """Per tower layer: tokens of one image that enter its attention."""
     vision_mlp_tokens: list[int] = field(default_factory=list)
-    projected_tokens: int = 0
+    """Per tower layer: tokens of one image that enter its MLP."""
+    projected_tokens: list[int] = field(default_factory=list)
+    """Per sample."""
     kv_row_bytes: int = 0
     """Bytes of one token's keys and values in one layer."""
-    guide: Callable[[], list[GuideTrace]] | None = None
+    guide: Callable[[], list[GuideTrace | None]] | None = None
     """Reads what a guide model did, one entry per prompt."""
+
+    def __post_init__(self) -> None:
+        samples = len(self.prompt.lengths)
+        self.ledger = Ledger(samples)
+        self.head_positions, self.zeroed_kv = [0] * samples, [0] * samples
+
+    def count_head(self, positions: int) -> None:
+        """Note that logits were computed for the last ``positions`` of the batch; padding among them is nobody's."""
+        lengths = (self.layouts[-1] if self.layouts else self.prompt).lengths
+        self.head_positions = [
+            before + min(positions, length) for before, length in zip(self.head_positions, lengths, strict=True)
+        ]
 
     def enter(self, layout: Layout) -> None:
         """Note the sequence that enters the next layer; its KV rows follow from it."""
@@ -68,17 +84,16 @@ class PromptState:
         neurons = {layer: chosen.cpu() for layer, chosen in self.neurons.items()}
         modes = {ffn.mode for ffn in self.ffn.values()}
         guides = self.guide() if self.guide else []
-        return [self._sample(row, rows, index, neurons, modes, guides) for row in range(rows)]
+        return [
+            self._sample(row, index, neurons, modes, guides[row * len(guides) // rows] if guides else None)
+            for row in range(rows)
+        ]
 
-    def _sample(
-        self, row: int, rows: int, ids: dict, neurons: dict, modes: set[str], guides: list[GuideTrace]
-    ) -> SampleTrace:
+    def _sample(self, row: int, ids: dict, neurons: dict, modes: set[str], guide: GuideTrace | None) -> SampleTrace:
         entering: dict[int, Tensor] = {}
         for layout in _unique(self.layouts):
             own = ids[id(layout)][row]
             entering[id(layout)] = own[own > -2].sort().values.to(torch.int32)
-        total_images = max(sum(self.images), 1)
-        share = self.images[row] / total_images
         return SampleTrace(
             prompt_tokens=self.prompt.lengths[row],
             image_tokens=self.prompt.visual_counts[row],
@@ -91,15 +106,15 @@ class PromptState:
             neurons=[neurons[layer][row].unique() if layer in neurons else None for layer in range(len(self.layouts))],
             ffn_mode="dense" if not modes else "masked" if "masked" in modes else "sliced",
             masked_steps=max((ffn.masked_steps for ffn in self.ffn.values()), default=0),
-            vision_tokens=[round(tokens * share) for tokens in self.vision_tokens],
-            vision_mlp_tokens=[round(tokens * share) for tokens in self.vision_mlp_tokens],
-            projected_tokens=round(self.projected_tokens * share),
-            head_positions=self.head_positions,
+            vision_tokens=[tokens * self.images[row] for tokens in self.vision_tokens],
+            vision_mlp_tokens=[tokens * self.images[row] for tokens in self.vision_mlp_tokens],
+            projected_tokens=self.projected_tokens[row],
+            head_positions=self.head_positions[row],
             decode_steps=self.decode_steps,
-            overhead_flops=self.ledger.flops,
+            overhead_flops=self.ledger.flops[row],
             predictor_weights=self.predictor_weights,
-            zeroed_kv=self.zeroed_kv // rows,
-            guide=guides[row * len(guides) // rows] if guides else None,
+            zeroed_kv=self.zeroed_kv[row],
+            guide=guide,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -56,6 +56,16 @@ class SampleTrace:
     guide: GuideTrace | None = None
     """What a guide model did for this prompt."""
 
+    def stopped_after(self, steps: int) -> SampleTrace:
+        """The trace of this prompt had its answer ended after so many decode steps."""
+        surplus = self.decode_steps - steps
+        return replace(
+            self,
+            decode_steps=steps,
+            head_positions=self.head_positions - surplus,
+            overhead_flops=self.overhead_flops - 2 * self.predictor_weights * surplus,
+        )
+
     @property
     def generated_tokens(self) -> int:
         """Tokens produced: one from prefill, one per decode step; the guide's if its answer was taken."""
@@ -94,6 +104,10 @@ class GuideTrace:
     """Whether its answer was taken, so that the guided model never ran."""
     scoring_flops: float = 0.0
     """What finding out the attention that visual tokens received cost (2 per multiply-add)."""
+    confidence: float | None = None
+    """Geometric mean of the answer tokens' probabilities; None if it only read the prompt."""
+    consistency: float | None = None
+    """Probability of its answer when it sees a pruned image; None unless early exit asked for it."""
 
 
 @dataclass

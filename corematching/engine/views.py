@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,11 +14,28 @@ from torch import Tensor, nn
 from corematching.engine.layout import Layout
 
 
-@dataclass
 class Ledger:
-    """Overhead of one prefill, in FLOPs per batch row."""
+    """Overhead in FLOPs of each sample (or image) of a batch; padding is nobody's."""
 
-    flops: float = 0.0
+    def __init__(self, samples: int = 1) -> None:
+        self.flops = [0.0] * samples
+        self._spared: frozenset[int] = frozenset()
+
+    def spend(self, flops: float | Sequence[float]) -> None:
+        """Book what every sample costs alike, or one number per sample."""
+        own = flops if isinstance(flops, Sequence) else [flops] * len(self.flops)
+        for row, more in enumerate(own):
+            self.flops[row] += 0 if row in self._spared else more
+
+    @contextmanager
+    def charging(self, samples: Sequence[bool]) -> Iterator[None]:
+        """Book only on some samples: on the others, nothing would be spent if they ran alone."""
+        before = self._spared
+        self._spared = before | {row for row, charged in enumerate(samples) if not charged}
+        try:
+            yield
+        finally:
+            self._spared = before
 
 
 @dataclass
@@ -27,6 +46,7 @@ class Prompt:
     embeds: Tensor
     visual_mask: Tensor
     valid: Tensor
+    lengths: list[int]
     image_counts: list[int]
     grid: tuple[int, int]
     notes: dict[Any, Any] = field(default_factory=dict)
@@ -65,22 +85,27 @@ class AttentionSignals:
     def attn(self) -> Any:
         return self.block.self_attn
 
-    def _project(self, linear: nn.Module, hidden: Tensor) -> Tensor:
-        self.ledger.flops += 2 * hidden.shape[1] * linear.weight.numel()  # type: ignore[operator,union-attr]
+    def _project(self, linear: nn.Module, hidden: Tensor, counts: list[int]) -> Tensor:
+        self.ledger.spend([2 * count * linear.weight.numel() for count in counts])  # type: ignore[operator,union-attr]
         return heads_of(linear(self.block.input_layernorm(hidden)), self.attn.head_dim)  # type: ignore[operator]
 
-    def queries(self, rows: Tensor) -> Tensor:
-        """[B, H, R, hd] for rows [B, R]."""
+    def queries(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
+        """[B, H, R, hd] for rows [B, R], of which ``counts[b]`` (default: all) are sample b's own."""
         hidden = self.hidden.gather(1, rows[..., None].expand(-1, -1, self.hidden.shape[-1]))
         cos, sin = self.rotary(hidden, position_ids=self.layout.positions.gather(1, rows))
-        return rotate(self._project(self.attn.q_proj, hidden), cos, sin)
+        return rotate(self._project(self.attn.q_proj, hidden, self.own(rows, counts)), cos, sin)
+
+    @staticmethod
+    def own(rows: Tensor, counts: list[int] | None) -> list[int]:
+        """Rows per sample that are not padding."""
+        return [rows.shape[1]] * rows.shape[0] if counts is None else counts
 
     def keys(self) -> Tensor:
         """[B, H, n, hd], repeated to the query heads."""
         keys = self.cached_keys
         if keys is None:
             cos, sin = self.rotary(self.hidden, position_ids=self.layout.positions)
-            keys = rotate(self._project(self.attn.k_proj, self.hidden), cos, sin)
+            keys = rotate(self._project(self.attn.k_proj, self.hidden, self.layout.lengths), cos, sin)
         return keys.repeat_interleave(self.attn.num_key_value_groups, dim=1)
 
     def last_row(self) -> Tensor:
@@ -88,10 +113,11 @@ class AttentionSignals:
         batch, length = self.layout.valid.shape
         return torch.full((batch, 1), length - 1, device=self.hidden.device, dtype=torch.long)
 
-    def probabilities(self, rows: Tensor) -> Tensor:
+    def probabilities(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
         """[B, H, R, n], softmax in float32 over valid positions up to each row."""
-        queries, keys = self.queries(rows), self.keys()
-        self.ledger.flops += 2 * queries.shape[1] * rows.shape[1] * keys.shape[2] * keys.shape[3]
+        queries, keys = self.queries(rows, counts), self.keys()
+        pairs = zip(self.own(rows, counts), self.layout.lengths, strict=True)
+        self.ledger.spend([2 * queries.shape[1] * own * length * keys.shape[3] for own, length in pairs])
         logits = (queries @ keys.transpose(2, 3)).float() * self.attn.scaling
         index = torch.arange(keys.shape[2], device=rows.device)
         visible = (index <= rows[..., None]) & self.layout.valid[:, None]
@@ -125,6 +151,10 @@ class LayerSignals:
         return self.layout.visual_valid
 
     @property
+    def lengths(self) -> list[int]:
+        return self.layout.lengths
+
+    @property
     def visual_counts(self) -> list[int]:
         return self.layout.visual_counts
 
@@ -141,13 +171,15 @@ class LayerSignals:
             raise ValueError(f"attention of layer {layer} is not known at the input of layer {self.layer}")
         return self._attention[layer]
 
-    def attention(self, layer: int, rows: Tensor | None = None) -> Tensor:
+    def attention(self, layer: int, rows: Tensor | None = None, counts: list[int] | None = None) -> Tensor:
         signals = self._signals(layer)
-        return signals.probabilities(signals.last_row() if rows is None else rows)
+        return signals.probabilities(signals.last_row() if rows is None else rows, counts)
 
-    def queries_keys(self, layer: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def queries_keys(
+        self, layer: int, rows: Tensor | None = None, counts: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         signals = self._signals(layer)
-        return signals.queries(signals.last_row() if rows is None else rows), signals.keys()
+        return signals.queries(signals.last_row() if rows is None else rows, counts), signals.keys()
 
     def activations(self) -> Tensor:
         if self._activations is None:
@@ -166,12 +198,13 @@ class LayerSignals:
             raise ValueError("this stage did not ask for attended states: declare BeforeLayer(..., attended=True)")
         return self._attended
 
-    def position_kernel(self, layer: int, rows: Tensor) -> Tensor:
+    def position_kernel(self, layer: int, rows: Tensor, counts: list[int] | None = None) -> Tensor:
         signals = self._signals(layer)
         ones = self.hidden.new_ones(rows.shape[0], 1, self.layout.positions.shape[1], signals.attn.head_dim)
         rotated = rotate(ones, *signals.rotary(self.hidden, position_ids=self.layout.positions))[:, 0]
         of_rows = rotated.gather(1, rows[..., None].expand(-1, -1, rotated.shape[-1]))
-        self.spend(2 * rows.shape[1] * rotated.shape[1] * rotated.shape[2])
+        pairs = zip(signals.own(rows, counts), self.layout.lengths, strict=True)
+        self.spend([2 * own * length * rotated.shape[2] for own, length in pairs])
         return of_rows @ rotated.transpose(1, 2) * signals.attn.scaling
 
     def gather(self, values: Tensor) -> Tensor:
@@ -180,8 +213,11 @@ class LayerSignals:
             return values.gather(1, index)
         return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
-    def spend(self, flops: float) -> None:
-        self.ledger.flops += flops
+    def spend(self, flops: float | Sequence[float]) -> None:
+        self.ledger.spend(flops)
+
+    def charging(self, samples: Sequence[bool]) -> AbstractContextManager[None]:
+        return self.ledger.charging(samples)
 
 
 @dataclass
@@ -213,16 +249,16 @@ class KVSignals:
     def source(self) -> Tensor:
         return self.layout.source
 
-    def queries(self, rows: Tensor) -> Tensor:
-        return self._attention.queries(rows.expand(self.layout.valid.shape[0], -1))
+    def queries(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
+        return self._attention.queries(rows.expand(self.layout.valid.shape[0], -1), counts)
 
     def activations(self) -> Tensor:
         if self._activations is None:
             raise ValueError("this stage did not ask for activations: declare AfterPrefill(..., activations=True)")
         return self._activations
 
-    def spend(self, flops: float) -> None:
-        self.ledger.flops += flops
+    def spend(self, flops: float | Sequence[float]) -> None:
+        self.ledger.spend(flops)
 
 
 @dataclass
@@ -235,5 +271,5 @@ class FFNSignals:
     down_weight: Tensor
     ledger: Ledger
 
-    def spend(self, flops: float) -> None:
-        self.ledger.flops += flops
+    def spend(self, flops: float | Sequence[float]) -> None:
+        self.ledger.spend(flops)

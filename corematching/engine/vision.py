@@ -27,8 +27,8 @@ class Block:
     origin: Tensor
     ledger: Ledger
 
-    def spend(self, flops: float) -> None:
-        self.ledger.flops += flops
+    def spend(self, flops: float | Sequence[float]) -> None:
+        self.ledger.spend(flops)
 
 
 @dataclass
@@ -49,7 +49,8 @@ class TowerRun:
     grid: tuple[int, int]
     attention_tokens: list[int]
     mlp_tokens: list[int]
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: Ledger
+    """Overhead per image, then (from :meth:`book` on) per batch row."""
     model_path: str = ""
     """Where the whole model came from: its tokenizer lies there."""
     prompt: Prompt | None = None
@@ -116,23 +117,20 @@ class TowerRun:
         of_rows = clip.texts(instructions(self.prompt, clip))
         rows = {image: row for row, own in enumerate(self.images) for image in own}
         self.spend(2 * embeds[0].numel() * self.features.shape[-1])
-        self.ledger.flops += clip.flops(sum(map(len, of_rows)) / len(of_rows))
+        pairs = zip(of_rows, self.images, strict=True)
+        self.ledger.spend([clip.flops(len(text)) if own else 0.0 for text, own in pairs])
         return embeds, [of_rows[rows[image]] for image in range(len(embeds))]
 
     def book(self, prompt: Prompt, images: list[int], ledger: Ledger) -> None:
         """Attach to a prompt with so many images per row: from here on overhead counts as that prompt's."""
         self.prompt = prompt
         self.images = images_by_row(images, self.features.shape[0])
-        ledger.flops += self.ledger.flops * self.images_per_row
-        self.ledger = ledger
+        spent, self.ledger = self.ledger.flops, ledger
+        self.spend(spent)
 
-    @property
-    def images_per_row(self) -> float:
-        """Turns overhead per image into overhead per row."""
-        return sum(map(len, self.images)) / max(len(self.images), 1) if self.images else 1.0
-
-    def spend(self, flops: float) -> None:
-        self.ledger.flops += flops * self.images_per_row
+    def spend(self, flops: float | Sequence[float]) -> None:
+        per_image = flops if isinstance(flops, Sequence) else [flops] * len(self.features)
+        self.ledger.spend([sum(per_image[image] for image in own) for own in self.images])
 
 
 def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks | None) -> TowerRun:
@@ -146,7 +144,7 @@ def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks |
         )
     hidden = tower.pre_layrnorm(tower.embeddings(pixels))
     origin = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-    state, ledger = Merge(hidden, torch.ones_like(hidden[..., :1], dtype=torch.float32), origin), Ledger()
+    state, ledger = Merge(hidden, torch.ones_like(hidden[..., :1], dtype=torch.float32), origin), Ledger(len(pixels))
     states, origins, attention_tokens, mlp_tokens = [hidden], [origin], [], []
     for index, layer in enumerate(tower.encoder.layers):
         attention_tokens.append(state.origin.numel())

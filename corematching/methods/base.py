@@ -202,15 +202,20 @@ class Guide:
     """Let a second, smaller model answer first; its attention ranks the visual tokens.
 
     ``select`` gets the guide's scores [B, V] of the tokens that are there (attention summed over its layers, heads,
-    the positions after the image and the tokens it generated) at the input of ``layer``. With ``early_exit``, the
-    guide's answer is final for samples whose confidence reaches it: the product of the answer's token probabilities,
-    scored again by the guide after ``select`` pruned its own tokens before its layer 0.
+    the prompt's positions from the last visual token on and the tokens it generated) at the input of ``layer``. With
+    ``early_exit``, the guide's answer is final for samples whose ``exit_score`` reaches it: "confidence", the geometric
+    mean of the answer's token probabilities; "consistency", the product of those that the guide gives them after
+    ``rescore`` pruned its own tokens before its layer 0; or the "mean" of both.
     """
 
     model: str
     layer: int
     select: Callable[[Tensor, LayerView], Keep | None]
+    rescore: Callable[[Tensor, LayerView], Keep | None]
     early_exit: float | None = None
+    exit_score: str = "mean"
+    after_image: bool = False
+    """Leave the last visual token out of the positions that query."""
 
 
 Stage = BeforeLayer | VisionOutput | VisionBlocks | AfterPrefill | ChooseNeurons | PredictNeurons | Guide

@@ -89,7 +89,7 @@ class CoreTokens(Method):
             return view.gather(view.attention(view.layer - 1, rows).mean(1)[:, 0])
         activations = view.activations()
         visual = view.gather(activations)
-        view.spend(2 * visual.shape[1] * visual.shape[2])
+        view.spend([2 * count * visual.shape[2] for count in view.visual_counts])
         reference = activations[:, self.reference]
         if self.score == "last":
             return coactivation_counts(visual, reference)

@@ -43,5 +43,5 @@ class CoreMatchingRelease(Method):
     def select(self, view: KVView) -> ZeroKV:
         activations = view.activations()
         counts = coactivation_counts(activations, activations[:, self.reference])
-        view.spend(2 * activations.shape[1] * activations.shape[2])
+        view.spend([2 * length * activations.shape[2] for length in view.lengths])
         return ZeroKV(view.visual_mask & ~elbow_keep(counts, view.visual_mask))

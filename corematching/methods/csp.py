@@ -11,6 +11,7 @@ from torch import Tensor
 from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import (
+    asking,
     attention_received,
     check_recent,
     distance_from_end,
@@ -75,7 +76,7 @@ class CSP(Method):
         if totals == view.lengths:
             return None
         recent = recent_counts(view, totals, self.recent)
-        cross_sums, self_sums = modality_sums(view, recent)
+        cross_sums, self_sums = modality_sums(view, asking(view, totals, recent))
         parts = [self.shares(*numbers) for numbers in zip(totals, recent, view.lengths, strict=True)]
         cross, within, recent, barred = (list(column) for column in zip(*parts, strict=True))
 
@@ -108,7 +109,7 @@ def modality_sums(view: KVView, recent: list[int]) -> tuple[Tensor, Tensor]:
     observes = view.valid[:, -rows:] & (distance_from_end(view.valid)[:, -rows:] <= per_row(recent, view.valid))
     is_visual = view.visual_mask[:, -rows:]
     weights = torch.stack([observes & is_visual, observes & ~is_visual], 2)
-    from_visual, from_text = attention_received(view, rows, weights, plus_one=True).unbind(2)
+    from_visual, from_text = attention_received(view, recent, weights, plus_one=True).unbind(2)
     to_visual = view.visual_mask[:, None]
     return torch.where(to_visual, from_text, from_visual), torch.where(to_visual, from_visual, from_text)
 

@@ -70,6 +70,11 @@ class DART(Method):
         ]
         if kept == view.visual_counts:
             return None
+        with view.charging([keep < count for keep, count in zip(kept, view.visual_counts, strict=True)]):
+            return Keep(self.choose(view, text, shares) & view.visual_valid, kept)
+
+    def choose(self, view: LayerView, text: list[int], shares: list[int]) -> Tensor:
+        """Bool [B, V]: pivots and what they add, ``shares[b]`` tokens each; sample b has ``text[b]`` text pivots."""
         device = view.hidden.device
         norms = key_norms(view.queries_keys(view.layer - 1)[1])
         index = torch.arange(norms.shape[1], device=device)
@@ -79,12 +84,12 @@ class DART(Method):
         states = view.normed()
         visual = view.gather(states)
         pivots = torch.cat([_rows(visual, image), _rows(states, words)], 1)
-        view.spend(2 * pivots.shape[1] * visual[0].numel())
+        numbers = zip(view.visual_counts, text, strict=True)
+        view.spend([2 * (min(self.image_pivots, count) + own) * count * visual.shape[2] for count, own in numbers])
         taken = torch.zeros_like(view.visual_valid).scatter(1, image, True) | ~view.visual_valid
         order = torch.arange(pivots.shape[1], device=device)
         real = order < self.image_pivots + torch.tensor(text, device=device)[:, None]
-        mask = add_dissimilar(visual, pivots, taken, torch.tensor(shares, device=device)[:, None] * real)
-        return Keep(mask & view.visual_valid, kept)
+        return add_dissimilar(visual, pivots, taken, torch.tensor(shares, device=device)[:, None] * real)
 
     def share(self, tokens: int, text_pivots: int) -> int:
         """How many of ``tokens`` visual tokens each pivot adds."""

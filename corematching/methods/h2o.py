@@ -9,6 +9,7 @@ import torch
 
 from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import (
+    asking,
     attention_received,
     check_recent,
     distance_from_end,
@@ -55,7 +56,7 @@ class H2O(Method):
         if counts == view.lengths:
             return None
         recent = recent_counts(view, counts, self.recent)
-        received = attention_received(view, view.valid.shape[1], view.valid[..., None])[:, :, 0]
+        received = attention_received(view, asking(view, counts, view.lengths), view.valid[..., None])[:, :, 0]
         scores = received.masked_fill(~view.valid[:, None], -torch.inf)
         last = distance_from_end(view.valid) <= per_row(recent, scores)
         return keep_best(scores.masked_fill(last[:, None], torch.inf), counts)

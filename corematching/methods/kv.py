@@ -35,6 +35,11 @@ def kept_counts(view: KVView, keep: Budget) -> list[int]:
     return [count_of(keep, length) for length in view.lengths]
 
 
+def asking(view: KVView, kept: list[int], rows: list[int]) -> list[int]:
+    """Query rows per sample, none for those that stay whole while others of the batch are cut."""
+    return [0 if keep == length else own for keep, length, own in zip(kept, view.lengths, rows, strict=True)]
+
+
 def distance_from_end(valid: Tensor) -> Tensor:
     """Long [1, n]: 1 for the last position (sequences are left-padded)."""
     return torch.arange(valid.shape[1], 0, -1, device=valid.device)[None]
@@ -45,15 +50,15 @@ def per_row(counts: list[int], like: Tensor) -> Tensor:
     return torch.tensor(counts, device=like.device)[:, None]
 
 
-def attention_received(view: KVView, rows: int, weights: Tensor, plus_one: bool = False) -> Tensor:
+def attention_received(view: KVView, rows: list[int], weights: Tensor, plus_one: bool = False) -> Tensor:
     """Weighted sums of attention probabilities over the last query rows, a few rows at a time.
 
     Parameters
     ----------
     rows
-        How many of the last positions query.
+        How many of the last positions query, per sample.
     weights
-        [B, rows, G]: weight of each query row in each of G sums (0 on padding).
+        [B, R, G]: weight of each of the last R = max(rows) query rows in each of G sums (0 where it does not query).
     plus_one
         Add one to the softmax's denominator ("softmax-one"), so that a row may attend to nothing.
 
@@ -62,16 +67,17 @@ def attention_received(view: KVView, rows: int, weights: Tensor, plus_one: bool 
     [B, H_kv, G, n], mean over the query heads that share a key head.
     """
     batch, kv_heads, length, head_dim = view.keys.shape
-    keys = view.keys.transpose(2, 3)
-    received = keys.new_zeros(batch, kv_heads, weights.shape[2], length, dtype=torch.float32)
-    index = torch.arange(length, device=keys.device)
-    first = length - rows
+    transposed = view.keys.transpose(2, 3)
+    received = transposed.new_zeros(batch, kv_heads, weights.shape[2], length, dtype=torch.float32)
+    index = torch.arange(length, device=transposed.device)
+    first = length - max(rows)
     for start in range(first, length, ROWS_AT_ONCE):
         chunk = index[start : start + ROWS_AT_ONCE]
-        queries = view.queries(chunk)
+        own = [min(len(chunk), max(0, start + len(chunk) - length + count)) for count in rows]
+        queries = view.queries(chunk, own)
         groups = queries.shape[1] // kv_heads
         # Query heads of one key head lie together: [B, H_kv, groups * R, hd].
-        logits = (queries.unflatten(1, (kv_heads, groups)).flatten(2, 3) @ keys).float() * head_dim**-0.5
+        logits = (queries.unflatten(1, (kv_heads, groups)).flatten(2, 3) @ transposed).float() * head_dim**-0.5
         visible = (index <= chunk[:, None]) & view.valid[:, None]
         logits = logits.unflatten(2, (groups, -1)).masked_fill(~visible[:, None, None], torch.finfo(torch.float32).min)
         if plus_one:
@@ -80,8 +86,8 @@ def attention_received(view: KVView, rows: int, weights: Tensor, plus_one: bool 
         probabilities = logits.softmax(-1)[..., int(plus_one) :].mean(2)
         share = weights[:, start - first : start - first + len(chunk)].float()
         received += share.transpose(1, 2)[:, None] @ probabilities
-        heads, sums = queries.shape[1], weights.shape[2]
-        view.spend(2 * len(chunk) * length * (heads * head_dim + kv_heads * sums))
+        each = queries.shape[1] * head_dim + kv_heads * weights.shape[2]
+        view.spend([2 * count * keys * each for count, keys in zip(own, view.lengths, strict=True)])
     return received
 
 

@@ -73,12 +73,13 @@ def prune_and_merge(view: VisionView, choose: Callable[[Tensor, int], Tensor]) -
     scores = cls_scores(view.cls_query(-1), view.keys(-1))
     keys = view.keys(-1).flatten(2)[:, 1:]
     outliers = count_outliers(scores)
-    rows = []
+    rows, spent = [], []
     # Counts adapt to the image, so images go one by one.
     for features, score, key, count in zip(view.features, scores, keys, outliers, strict=True):
         selected = choose(score, count)
-        view.spend(2 * len(selected) * (key.numel() + NEIGHBOURS * features.shape[1]) / len(outliers))
+        spent.append(2 * len(selected) * (key.numel() + NEIGHBOURS * features.shape[1]))
         rows.append((merge_centres(features, score, key, selected), F.pad(selected, (0, 1), value=-1)))
+    view.spend(spent)
     counts = [len(origin) for _, origin in rows]
     hidden = torch.nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)
     origin = torch.nn.utils.rnn.pad_sequence([origin for _, origin in rows], batch_first=True, padding_value=-1)

@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
-from corematching.methods.kv import attention_received, distance_from_end, keep_best, kept_counts, per_row
+from corematching.methods.kv import asking, attention_received, distance_from_end, keep_best, kept_counts, per_row
 from corematching.methods.parameters import Budget, check_budget, check_choice
 from corematching.methods.views import KVView
 
@@ -64,8 +64,8 @@ class SnapKV(Method):
         if counts == view.lengths:
             return None
         from_end = distance_from_end(view.valid)
-        rows = min(self.window, view.valid.shape[1])
-        received = attention_received(view, rows, view.valid[:, -rows:, None])[:, :, 0]
+        rows = asking(view, counts, [min(self.window, length) for length in view.lengths])
+        received = attention_received(view, rows, view.valid[:, -max(rows) :, None])[:, :, 0]
         received = received.masked_fill(from_end[:, None] <= self.window, 0)
         smooth = POOLINGS[self.pooling](received, self.kernel, stride=1, padding=self.kernel // 2)
         # A budget below the window keeps its most recent part.

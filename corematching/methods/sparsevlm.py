@@ -123,11 +123,12 @@ class SparseVLM(Method):
                 min(now, count_of(budget, total))
                 for now, total in zip(view.visual_counts, view.prompt.image_counts, strict=True)
             ]
-        raters, weights = rater_rows(view)
-        relation = view.attention(view.layer - 1, raters).mean(1)
+        book_raters(view, [count > 0 for count in view.visual_counts])
+        raters, weights, counts = rater_rows(view)
+        relation = view.attention(view.layer - 1, raters, counts).mean(1)
         real = (weights > 0)[..., None] & view.visual_valid[:, None]
         relation = relation.gather(2, view.visual[:, None].expand(-1, relation.shape[1], -1)) * real
-        view.spend(2 * relation.shape[1] ** 2 * relation.shape[2])
+        view.spend([2 * own**2 * now for own, now in zip(counts, view.visual_counts, strict=True)])
         ranks = torch.linalg.matrix_rank(relation, rtol=RANK_TOLERANCE).tolist()
         return [
             now - int(self.rank_scale * max(now - rank, 0)) for now, rank in zip(view.visual_counts, ranks, strict=True)
@@ -135,11 +136,11 @@ class SparseVLM(Method):
 
     def scores(self, view: LayerView) -> Tensor:
         """[B, V], higher = keep."""
-        raters, weights = rater_rows(view)
-        attention = view.attention(view.layer - 1, raters)
+        raters, weights, counts = rater_rows(view)
+        attention = view.attention(view.layer - 1, raters, counts)
         if self.version == "1.5":
             return view.gather((attention.mean(1) * weights[..., None]).sum(1))
-        attention = attention / view.position_kernel(view.layer - 1, raters)[:, None]
+        attention = attention / view.position_kernel(view.layer - 1, raters, counts)[:, None]
         # The raters' mean first, then visual columns: [B, H, V].
         per_head = (attention * weights[:, None, :, None]).sum(2)
         visual = view.visual[:, None].expand(-1, per_head.shape[1], -1)
@@ -159,26 +160,37 @@ class _Pruning:
         wanted = self.method.kept_counts(view, self.budget)
         if wanted == view.visual_counts:
             return None
-        scores = self.method.scores(view)
-        kept = Keep(top_mask(scores, view.visual_valid, wanted), wanted)
-        return kept if self.method.version == "2.0" else recycle(view, scores, kept)
+        acting = [want < now for want, now in zip(wanted, view.visual_counts, strict=True)]
+        book_raters(view, acting)
+        with view.charging(acting):
+            scores = self.method.scores(view)
+            kept = Keep(top_mask(scores, view.visual_valid, wanted), wanted)
+            return kept if self.method.version == "2.0" else recycle(view, scores, kept)
 
 
-def rater_rows(view: LayerView) -> tuple[Tensor, Tensor]:
-    """The raters as rows of the layer's sequence (long [B, R]) and their weights ([B, R], sum 1).
+def rater_rows(view: LayerView) -> tuple[Tensor, Tensor, list[int]]:
+    """The raters as rows of the layer's sequence (long [B, R]), their weights ([B, R], sum 1) and number per sample.
 
     Raters depend on the prompt alone, so they are found once per prefill.
     """
-    prompt = view.prompt
-    if "sparsevlm" not in prompt.notes:
-        prompt.notes["sparsevlm"] = _find_raters(prompt)
-        view.spend(2 * prompt.embeds[0].numel() * max(1, *prompt.question_lengths))
-    from_end, weights = prompt.notes["sparsevlm"]
-    return view.hidden.shape[1] - from_end, weights
+    notes = view.prompt.notes
+    if "sparsevlm raters" not in notes:
+        notes["sparsevlm raters"] = _find_raters(view.prompt)
+    from_end, weights, counts = notes["sparsevlm raters"]
+    return view.hidden.shape[1] - from_end, weights, counts
 
 
-def _find_raters(prompt: PromptView) -> tuple[Tensor, Tensor]:
-    """Raters as distances from the sequence's end (long [B, R], 1 = last token), and their weights."""
+def book_raters(view: LayerView, acting: list[bool]) -> None:
+    """Book what finding the raters costs, on each sample when its first tokens leave."""
+    prompt, width = view.prompt, view.prompt.embeds.shape[2]
+    paid = prompt.notes.setdefault("sparsevlm paid", set())
+    costs = [2 * n * max(1, q) * width for n, q in zip(prompt.lengths, prompt.question_lengths, strict=True)]
+    view.spend([cost if now and row not in paid else 0 for row, (cost, now) in enumerate(zip(costs, acting))])
+    paid.update(row for row, now in enumerate(acting) if now)
+
+
+def _find_raters(prompt: PromptView) -> tuple[Tensor, Tensor, list[int]]:
+    """Raters as distances from the sequence's end (long [B, R], 1 = last token), their weights and number."""
     longest = max(1, *prompt.question_lengths)
     lengths = torch.tensor(prompt.question_lengths, device=prompt.valid.device)[:, None]
     question = torch.arange(longest, 0, -1, device=prompt.valid.device) <= lengths.clamp(min=1)
@@ -189,10 +201,10 @@ def _find_raters(prompt: PromptView) -> tuple[Tensor, Tensor]:
     mean = scores.sum(1, keepdim=True) / question.sum(1, keepdim=True)
     chosen = (scores > mean) & question
     chosen = torch.where(chosen.any(1, keepdim=True), chosen, question)
-    width = max(chosen.sum(1).tolist())
-    index = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+    counts = chosen.sum(1).tolist()
+    index = (~chosen).to(torch.int8).argsort(dim=1, stable=True)[:, : max(counts)]
     weights = chosen.gather(1, index).float()
-    return longest - index, weights / weights.sum(1, keepdim=True)
+    return longest - index, weights / weights.sum(1, keepdim=True), counts
 
 
 def recycle(view: LayerView, scores: Tensor, kept: Keep) -> Replace:
@@ -211,11 +223,12 @@ def recycle(view: LayerView, scores: Tensor, kept: Keep) -> Replace:
         index = (~kept.mask[rows, :now]).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
         merged = _recycled_tokens(states[rows, :now], scores[rows, :now], kept.mask[rows, :now], now - keep)
         width = keep + merged.shape[1]
-        view.spend(2 * recycled_counts(now - keep)[0] * merged[0].numel() * len(rows) / len(cuts))
         hidden[rows, :width] = torch.cat([states[rows[:, None], index], merged], 1)
         origin[rows, :keep] = index
         slot[rows, :keep] = index
         slot[rows, keep:width] = now - 1
+    recycled = [recycled_counts(now - keep) for now, keep in cuts]
+    view.spend([2 * members * clusters * states.shape[2] for members, clusters in recycled])
     return Replace(hidden, origin, slot, counts)
 
 

@@ -101,6 +101,8 @@ class TopV(Method):
             return None
         recovered = [int(keep * self.recover) for keep in wanted]
         scores = self.scores(view)
+        with view.charging([keep < count for keep, count in zip(wanted, view.visual_counts, strict=True)]):
+            view.spend([2 * count**2 * view.hidden.shape[2] for count in view.visual_counts])
         valid = view.visual_valid
         best = top_mask(scores, valid, [keep - extra for keep, extra in zip(wanted, recovered, strict=True)])
         pruned = valid & ~best
@@ -112,7 +114,6 @@ class TopV(Method):
         cost = self.cost(view)
         valid = view.visual_valid
         plan = sinkhorn(cost, valid, self.epsilon, self.iterations)
-        view.spend(2 * cost.shape[1] ** 2 * view.hidden.shape[2])
         return plan.sum(2) if self.importance == "mass" else -(plan * cost).sum(2) / plan.sum(2).clamp(min=1e-30)
 
     def cost(self, view: LayerView) -> Tensor:

@@ -5,6 +5,8 @@ Shapes use the letters of :mod:`corematching.methods.base`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -31,6 +33,11 @@ class PromptView(Protocol):
     @property
     def valid(self) -> Tensor:
         """Bool [B, N]: False on padding."""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per sample before any reduction, on the host."""
         ...
 
     @property
@@ -87,6 +94,11 @@ class LayerView(Protocol):
         ...
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens per sample, on the host."""
+        ...
+
+    @property
     def visual_counts(self) -> list[int]:
         """Visual tokens per sample, on the host."""
         ...
@@ -101,14 +113,17 @@ class LayerView(Protocol):
         """Long [B, n]: index of each token in the original prompt (-1: padding or none)."""
         ...
 
-    def attention(self, layer: int, rows: Tensor | None = None) -> Tensor:
+    def attention(self, layer: int, rows: Tensor | None = None, counts: list[int] | None = None) -> Tensor:
         """Attention probabilities [B, H, R, n] of query rows (long [B, R]; default: the last position) at ``layer``.
 
+        ``counts`` says how many of the rows are each sample's own, where some are padding: padding costs nothing.
         ``layer`` is this view's layer (its projections on its input) or the one before (what it really computed).
         """
         ...
 
-    def queries_keys(self, layer: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def queries_keys(
+        self, layer: int, rows: Tensor | None = None, counts: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Rotated queries [B, H, R, hd] of the rows and keys [B, H, n, hd] of all tokens at ``layer``."""
         ...
 
@@ -129,7 +144,7 @@ class LayerView(Protocol):
         """[B, n, d] the layer before after attention and its norm (the stage must declare ``attended=True``)."""
         ...
 
-    def position_kernel(self, layer: int, rows: Tensor) -> Tensor:
+    def position_kernel(self, layer: int, rows: Tensor, counts: list[int] | None = None) -> Tensor:
         """[B, R, n] what rotary positions alone make of the attention logits: those of all-ones queries and keys."""
         ...
 
@@ -137,8 +152,18 @@ class LayerView(Protocol):
         """Pick the visual tokens of a per-token tensor: [B, n, ...] -> [B, V, ...]."""
         ...
 
-    def spend(self, flops: float) -> None:
-        """Book method overhead: the matrix products of a sample (2 FLOPs per multiply-add; other work is left out)."""
+    def spend(self, flops: float | Sequence[float]) -> None:
+        """Book method overhead: the matrix products of a sample (2 FLOPs per multiply-add; other work is left out).
+
+        One number per sample, counting its own tokens and not the batch's padding; or one for every sample alike.
+        """
+        ...
+
+    def charging(self, samples: Sequence[bool]) -> AbstractContextManager[None]:
+        """Within the context, signals and :meth:`spend` cost the named samples only.
+
+        For samples that stay as they are while others of the batch are reduced: alone, nothing would be looked at.
+        """
         ...
 
 
@@ -187,8 +212,11 @@ class VisionView(Protocol):
         """
         ...
 
-    def spend(self, flops: float) -> None:
-        """Book method overhead: the matrix products of an image (2 FLOPs per multiply-add; other work is left out)."""
+    def spend(self, flops: float | Sequence[float]) -> None:
+        """Book method overhead: the matrix products of an image (2 FLOPs per multiply-add; other work is left out).
+
+        One number per image, or one for every image alike.
+        """
         ...
 
 
@@ -218,7 +246,7 @@ class BlockView(Protocol):
         """Long [N, T] representative of each token."""
         ...
 
-    def spend(self, flops: float) -> None:
+    def spend(self, flops: float | Sequence[float]) -> None:
         """Book method overhead, as :meth:`VisionView.spend` does."""
         ...
 
@@ -262,15 +290,18 @@ class KVView(Protocol):
     @property
     def prompt(self) -> PromptView: ...
 
-    def queries(self, rows: Tensor) -> Tensor:
-        """Rotated queries [B, H, R, hd] of the given positions (long [R], from the layer's own input)."""
+    def queries(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
+        """Rotated queries [B, H, R, hd] of the given positions (long [R], from the layer's own input).
+
+        ``counts``: how many of them each sample asks for (default: all); only these cost it anything.
+        """
         ...
 
     def activations(self) -> Tensor:
         """FFN activations [B, n, I] of this layer (the stage must declare ``activations=True``)."""
         ...
 
-    def spend(self, flops: float) -> None: ...
+    def spend(self, flops: float | Sequence[float]) -> None: ...
 
 
 class FFNView(Protocol):
@@ -294,4 +325,4 @@ class FFNView(Protocol):
         """[d, I] the layer's down projection."""
         ...
 
-    def spend(self, flops: float) -> None: ...
+    def spend(self, flops: float | Sequence[float]) -> None: ...
