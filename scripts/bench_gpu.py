@@ -24,7 +24,7 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from corematching import build_method, kernels, load_model, registry
+from corematching import build_method, files, kernels, load_model, registry
 from corematching.cost.hardware import dtype_name, load_hardware
 from corematching.efficiency.latency import CAPTURE_WARM_UPS, Spread, clock, fixed_inputs
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
@@ -100,7 +100,7 @@ class Session:
             **more,
             "rows": self.records,
         }
-        self.options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        files.write(self.options.output, json.dumps(content, indent=1) + "\n")
 
 
 def device_name(device: torch.device) -> str:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from corematching import files
 from corematching.benchmarks import BENCHMARKS, load_benchmark, load_judge, load_source
 
 BUILD_LIMIT = 8.0  # seconds for the ten
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"building ten benchmarks {numbers['build_s']:.2f} s (limit {BUILD_LIMIT:.0f})")
     print(f"overhead {numbers['overhead_ms']:.2f} ms/question (limit {SAMPLE_LIMIT:.0f})")
     if args.json:
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        files.write(args.json, json.dumps(numbers, indent=1) + "\n")
     return int(numbers["build_s"] > BUILD_LIMIT or numbers["overhead_ms"] > SAMPLE_LIMIT)
 
 

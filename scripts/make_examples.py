@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from corematching import files
 from corematching.results.accuracy import contexts, methods_of
 from corematching.results.aggregate import Aggregation, aggregate, write_tables
 from corematching.results.publish import write_all_figures
@@ -40,7 +41,7 @@ def main() -> int:
     write_tables(aggregation, OUT / "tables")
     write_all_figures(aggregation, OUT / "figures")
     write_evidence(OUT / "figures")
-    (OUT / "README.md").write_text(page(aggregation), encoding="utf-8")
+    files.write(OUT / "README.md", page(aggregation))
     print(f"wrote {OUT.relative_to(ROOT)}")
     return 0
 

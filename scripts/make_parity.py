@@ -11,6 +11,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from corematching import files
 from corematching.registry import group_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,8 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for suite in SUITES for row in importlib.import_module(suite).cases(options.goldens)]
     if not rows:
         parser.error(f"no recorded cases under {options.goldens}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(table(rows))
+    files.write(options.output, table(rows))
     failed = [f"{row.method}/{row.case}" for row in rows if not row.ok]
     print(f"{len(rows) - len(failed)} of {len(rows)} cases reproduced; table in {options.output}")
     if failed:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from corematching import files
 from corematching.benchmarks import Benchmark, Judge, load_benchmark, load_judge
 from corematching.benchmarks.judge import mmvet_prompt
 from corematching.benchmarks.scoring import value_from_samples
@@ -89,14 +90,12 @@ def _grade(store: Store, record: dict[str, Any], benchmark: Benchmark, judge: Ju
 
 
 def _write_submission(store: Store, record: dict[str, Any], benchmark: Benchmark, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
     samples = store.samples(record["id"])
     answers = [
         {"question_id": int(row.question_id), "answer": row.submission} for row in samples.itertuples(index=False)
     ]
-    path = folder / f"{benchmark.name}_{record['labels'].get('method')}_{record['id']}.json"
-    path.write_text(json.dumps(answers), encoding="utf-8")
-    return path
+    name = f"{benchmark.name}_{record['config']['method']['name']}_{record['id']}.json"
+    return files.write(folder / name, json.dumps(answers))
 
 
 if __name__ == "__main__":

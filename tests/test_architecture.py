@@ -12,7 +12,7 @@ import pytest
 import corematching
 
 PACKAGE = Path(corematching.__file__).parent
-FOUNDATION = ("texts", "errors", "registry", "groups")
+FOUNDATION = ("texts", "errors", "files", "registry", "groups")
 """Modules beside the rooms that every room may import, in their own order."""
 TOP = ("commands", "cli", "__main__", "__init__")
 """Modules beside the rooms that may import everything."""

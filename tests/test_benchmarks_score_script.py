@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from synthetic_store import cell_config, cell_record, trace_summary
 
 from corematching.results.store import Store
 
@@ -22,20 +23,9 @@ def script():
     return module
 
 
-def cell(store: Store, benchmark: str, samples: pd.DataFrame, cell_id: str = "0123456789abcdef") -> None:
-    store.write(
-        {
-            "schema": 1,
-            "kind": "accuracy",
-            "id": cell_id,
-            "status": "not_scored",
-            "config": {"benchmark": {"name": benchmark}},
-            "labels": {"method": "dense"},
-            "metrics": {},
-            "score": {"metric": "score", "value": None, "scale": 100.0, "note": "no judge"},
-        },
-        samples,
-    )
+def cell(store: Store, benchmark: str, samples: pd.DataFrame) -> None:
+    record = cell_record(cell_config("dense", None, benchmark, len(samples)), status="not_scored", n=len(samples))
+    store.write({**record, "trace": trace_summary(None)}, samples)
 
 
 @pytest.fixture

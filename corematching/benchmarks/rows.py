@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -249,6 +250,23 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _convert(files: Sequence[Path], folder: Path) -> datasets.Dataset:
+    """The files as a dataset in `folder`; a conversion there that turns out to be damaged is made again."""
+    paths = [str(file) for file in files]
+    try:
+        return datasets.Dataset.from_parquet(paths, cache_dir=str(folder))
+    except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return datasets.Dataset.from_parquet(paths, cache_dir=str(folder))
+    except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UserError(
+            f"cannot convert data in '{folder.parent}' ({reason}); free space or set CM_CACHE to a folder that can be "
+            "written"
+        ) from error
+
+
 def _read_dataset(files: Sequence[Path], columns: Mapping[str, Column]) -> datasets.Dataset:
     """Memory-mapped dataset of these files.
 
@@ -258,7 +276,7 @@ def _read_dataset(files: Sequence[Path], columns: Mapping[str, Column]) -> datas
     facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     folder = cache_home() / "arrow" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     with _quiet() if sum(size for _, size, _ in facts) < _SHOW_PROGRESS else contextlib.nullcontext():
-        dataset = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(folder))
+        dataset = _convert(files, folder)
     for name, column in columns.items():
         if column.type == "image" and not isinstance(dataset.features[name], datasets.Image):
             dataset = dataset.cast_column(name, datasets.Image())

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from corematching import files
 from corematching.engine.ffn import FFNBuilder, SlicedFFN
 from corematching.engine.state import PromptState
 from corematching.errors import UserError
@@ -28,7 +29,8 @@ def save_predictors(path: Path, predictors: Mapping[int, Predictor], notes: Mapp
         for layer, predictor in predictors.items()
         for part in PARTS
     }
-    save_file(tensors, path, dict(notes))
+    with files.replacing(path) as temporary:
+        save_file(tensors, temporary, dict(notes))
 
 
 def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Predictor]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from corematching import files
 from corematching.answering.generator import Generator, Question
 from corematching.benchmarks.data import load_source
 from corematching.benchmarks.spec import ROW, load_benchmark
@@ -70,15 +71,16 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
     Path
         ``overlays.json``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.png"):
-        leftover.unlink()
+    # First what names the images: a recording that is cut off then leaves nothing that could be shown wrongly.
+    for leftover in (folder / FILE, *folder.glob("*.png")):
+        leftover.unlink(missing_ok=True)
     asked = [Question(one.question, partial(_pictures, one), {"max_new_tokens": 16}) for one in examples]
     entries: list[dict[str, Any]] = []
     for place, one in enumerate(examples):
         first = next(index for index, other in enumerate(examples) if other.image == one.image)
         if first == place:
-            one.image.convert("RGB").save(folder / f"{place}.png")
+            with files.replacing(folder / f"{place}.png") as temporary:
+                one.image.convert("RGB").save(temporary)
         about = {"image": f"{first}.png", "benchmark": one.benchmark, "question": one.question, "target": one.target}
         entries.append({**about, "answers": []})
     for variant in variants:
@@ -87,10 +89,8 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
             shown = {"method": variant.label, "keep": variant.keep, "prediction": answer.text, "stages": stages}
             entry["answers"].append(shown)
     grid = list(family_of(generator.model.config).grid(generator.model.config))
-    path = folder / FILE
     text = json.dumps({"schema": SCHEMA, "grid": grid, "examples": entries}, separators=(",", ":"))
-    path.write_text(text + "\n", encoding="utf-8")
-    return path
+    return files.write(folder / FILE, text + "\n")
 
 
 def record_experiment(cells: pd.DataFrame, folder: Path, images: int) -> Path:

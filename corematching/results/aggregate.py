@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from corematching import files
 from corematching.results import render
 from corematching.results.accuracy import ablation_table, accuracy_table, contexts, scaling_table
 from corematching.results.compare import COLUMNS, CONTEXT, compare, select
@@ -69,9 +70,8 @@ def aggregate(folders: Iterable[Path | str]) -> Aggregation:
 def write_tables(aggregation: Aggregation, folder: Path) -> list[Path]:
     """Write all tables in all formats, and ``statistics.csv`` with every comparison behind them."""
     written = render.write(aggregation.tables, folder)
-    path = folder / "statistics.csv"
-    statistics_frame(aggregation.cells).to_csv(path, index=False, float_format="%.6g", lineterminator="\n")
-    return [*written, path]
+    text = statistics_frame(aggregation.cells).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return [*written, files.write(folder / "statistics.csv", text)]
 
 
 def statistics_frame(cells: pd.DataFrame) -> pd.DataFrame:

@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from corematching import files
 from corematching.results.accuracy import accuracy_shares, benchmark_order, methods_of, title
 from corematching.results.hardware import SETTING, setting_title
 from corematching.results.load import keep_order
@@ -85,11 +86,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``<name>.pdf`` and ``<name>.png`` without dates or versions in their metadata."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.pdf", folder / f"{name}.png"]
-    with mpl.rc_context(STYLE):
-        figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
-        figure.savefig(paths[1], metadata={"Software": None})
+    metadata = {"pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "png": {"Software": None}}
+    paths = [folder / f"{name}.{suffix}" for suffix in metadata]
+    for path, facts in zip(paths, metadata.values(), strict=True):
+        with mpl.rc_context(STYLE), files.replacing(path) as temporary:
+            figure.savefig(temporary, metadata=facts)
     return paths
 
 

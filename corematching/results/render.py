@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from corematching import files
 from corematching.results.tables import TIE, Column, Entry, Table
 
 LATEX_ESCAPES = str.maketrans(
@@ -165,16 +166,13 @@ def write(tables: Iterable[Table], folder: Path) -> list[Path]:
     list of Path
         The files written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tables, written = list(tables), []
-    for table in tables:
-        for suffix, render in FORMATS.items():
-            path = folder / f"{table.name}.{suffix}"
-            path.write_text(render(table), encoding="utf-8")
-            written.append(path)
-    document = folder / "tables.tex"
-    document.write_text(latex_document(tables), encoding="utf-8")
-    return [*written, document]
+    tables = list(tables)
+    written = [
+        files.write(folder / f"{table.name}.{suffix}", render(table))
+        for table in tables
+        for suffix, render in FORMATS.items()
+    ]
+    return [*written, files.write(folder / "tables.tex", latex_document(tables))]
 
 
 def latex_document(tables: Iterable[Table]) -> str:

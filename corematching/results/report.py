@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from corematching import files
 from corematching.results import overlays
 from corematching.results.accuracy import benchmark_order, contexts, methods_of, title
 from corematching.results.aggregate import Aggregation
@@ -47,13 +48,11 @@ def write_report(aggregation: Aggregation, out: Path, overlay_folder: Path | Non
     Path
         ``out``.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     page = environment.get_template("report.html.j2").render(_content(aggregation, out.parent, overlay_folder))
-    out.write_text(page, encoding="utf-8")
-    return out
+    return files.write(out, page)
 
 
 def _content(aggregation: Aggregation, base: Path, overlay_folder: Path | None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from corematching import files
+
 HOLE = "—"
 
 
@@ -48,8 +50,8 @@ class RunTable:
 
     def write(self, folder: Path) -> None:
         """Write ``table.md`` and ``table.csv``."""
-        (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
-        (folder / "table.csv").write_text(self.csv(), encoding="utf-8")
+        files.write(folder / "table.md", self.markdown())
+        files.write(folder / "table.csv", self.csv())
 
     def show(self, console: Any) -> None:
         """Print to a rich console."""

@@ -6,12 +6,14 @@ record, wandb a copy.
 
 from __future__ import annotations
 
-import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from corematching import files
 
 if TYPE_CHECKING:
     from corematching.evaluation.cells import Cell
@@ -105,9 +107,8 @@ def _open_run(experiment: Any, settings: Mapping[str, Any]) -> Any:
 def _run_id(folder: Path) -> str:
     """The id of this experiment folder's run: made once, then read, so that a resumed sweep continues the same run."""
     path = folder / "wandb" / "run_id"
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.write_text(hashlib.sha256(os.urandom(16)).hexdigest()[:12])
+        files.write(path, secrets.token_hex(6))
     return path.read_text().strip()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from corematching import files
 from corematching.errors import UserError
 from corematching.training.architecture import TinyShape, build_model, deepen
 from corematching.training.card import model_card
@@ -89,7 +90,7 @@ def finish(model, tokenizer, out: Path) -> None:
         seconds |= {f"{name}: {stage}": value for stage, value in done.items()}
     parameters = sum(weight.numel() for weight in model.parameters())
     card = model_card(model.config, parameters, seconds, torch.get_num_threads(), report(folder))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    files.write(folder / "README.md", card)
     print(card)
 
 

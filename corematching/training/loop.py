@@ -6,7 +6,6 @@ so weights, optimiser and step are all that a checkpoint needs: an interrupted r
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from corematching import files
 
 CHECKPOINT_SECONDS = 120
 LOG_STEPS = 25
@@ -142,8 +143,6 @@ class Track:
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        with files.replacing(self.path) as temporary:
+            torch.save(state, temporary)
         self._saved = time.monotonic()

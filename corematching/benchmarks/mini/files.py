@@ -13,6 +13,9 @@ from typing import Any
 
 from PIL import Image
 
+from corematching.errors import UserError
+from corematching.files import remove
+
 MANIFEST = "manifest.json"
 
 Row = dict[str, Any]
@@ -24,8 +27,9 @@ def intact(folder: Path) -> bool:
     """Whether the folder holds exactly the files that its manifest names."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all(_checksum(folder / name) == entry["sha256"] for name, entry in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
+        files = manifest["files"].items()
+        return bool(manifest["content"]) and all(_checksum(folder / name) == entry["sha256"] for name, entry in files)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
 
 
@@ -38,13 +42,28 @@ def publish(target: Path, files: Files) -> None:
     """Write a dataset folder, complete or not at all.
 
     An equal folder that is already there, perhaps from a process that was faster, stays; any other is replaced.
+
+    Raises
+    ------
+    UserError
+        If the cache cannot be written (full, read-only, a file in its place).
     """
+    try:
+        _publish(target, files)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the mini suite to '{target.parent}' ({error.strerror or error}); free space or set CM_CACHE "
+            "to a folder that can be written"
+        ) from error
+
+
+def _publish(target: Path, files: Files) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         _write_folder(scratch, files)
         if target.exists() and not _same(scratch, target):
-            shutil.rmtree(target)
+            remove(target)
         try:
             os.rename(scratch, target)
         except OSError:
