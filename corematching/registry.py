@@ -67,8 +67,7 @@ def build_method(name: str, /, **parameters: Any) -> Method:
                 f"unknown parameter {parameter!r} of method {name!r}: choose from {', '.join(known) or '(it has none)'}"
             )
     values.update(parameters)
-    # Lists in YAML become tuples, so that methods stay hashable.
-    method = cls(**{key: _frozen(value) for key, value in values.items()})
+    method = cls(**values)
     object.__setattr__(method, "name", name)
     return method
 
@@ -84,7 +83,3 @@ def compose(first: Method, second: Method) -> Method:
     from corematching.methods.composed import Composed
 
     return Composed(first, second)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from corematching.methods.parameters import check_types
 from corematching.methods.predictor import Predictor
 from corematching.methods.views import BlockView, FFNView, KVView, LayerView, VisionView
 
@@ -232,6 +233,21 @@ class Method:
     """Which of "tokens", "kv" and "neurons" the method reduces; decides what may be composed."""
     name: ClassVar[str] = ""
     """Registry name, set by the registry from the YAML's file name."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let every method's parameters be of the annotated types before its ``__post_init__`` looks at ranges."""
+        super().__init_subclass__(**keywords)
+        check_ranges = cls.__dict__.get("__post_init__")
+        if check_ranges is not None:
+
+            def __post_init__(self: Any) -> None:
+                check_types(self)
+                check_ranges(self)
+
+            cls.__post_init__ = __post_init__  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def stages(self, geometry: Geometry) -> Sequence[Stage]:
         """Where the method acts on a model of this geometry.

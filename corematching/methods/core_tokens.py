@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
 from corematching.methods.core import coactivation_counts, core_neurons, match_counts
-from corematching.methods.parameters import Budget, check_budget, check_choice, check_count, place
+from corematching.methods.parameters import Budget, check_budget, check_choice, check_count, check_reference, place
 from corematching.methods.selection import elbow_keep, keep_top
 from corematching.methods.views import LayerView
 
@@ -67,6 +67,7 @@ class CoreTokens(Method):
         check_budget("beta", self.beta, fraction_only=True)
         check_choice("score", self.score, SCORES)
         check_choice("threshold", self.threshold, THRESHOLDS)
+        check_reference(self.reference)
         if self.threshold == "keep" or self.keep is not None:
             check_budget("keep", self.keep)
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from corematching.methods.base import AfterPrefill, Geometry, Method, Stage, ZeroKV
 from corematching.methods.core import coactivation_counts
-from corematching.methods.parameters import check_layer
+from corematching.methods.parameters import check_layer, check_reference
 from corematching.methods.selection import elbow_keep
 from corematching.methods.views import KVView
 
@@ -33,6 +33,9 @@ class CoreMatchingRelease(Method):
     last_layer: int
     reference: int
     acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
+
+    def __post_init__(self) -> None:
+        check_reference(self.reference)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         check_layer("first_layer", self.first_layer, geometry.depth)

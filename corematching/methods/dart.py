@@ -53,7 +53,7 @@ class DART(Method):
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)
         for name, value, least in (("image_pivots", self.image_pivots, 1), ("text_pivots", self.text_pivots, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value < least:
                 raise UserError(f"{name}={value!r} is not valid: give a count >= {least}")
 
     def stages(self, geometry: Geometry) -> list[Stage]:

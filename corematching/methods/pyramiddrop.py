@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
-from corematching.methods.parameters import Budget, check_budget, check_count, check_layer
+from corematching.methods.parameters import Budget, check_budget, check_count, check_falling, check_layer
 from corematching.methods.selection import keep_top
 from corematching.methods.views import LayerView
 
@@ -37,12 +37,13 @@ class PyramidDrop(Method):
     acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __post_init__(self) -> None:
-        if len(self.layers) != len(self.keeps):
+        if not self.layers or len(self.layers) != len(self.keeps):
             raise UserError(f"keeps={list(self.keeps)} is not valid: give one for each of layers={list(self.layers)}")
         for keep in self.keeps:
             check_budget("keeps", keep)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
+        check_falling("keeps", self.keeps, geometry.image_tokens)
         stages: list[BeforeLayer] = []
         for layer, keep in zip(self.layers, self.keeps, strict=True):
             check_layer("layers", layer, geometry.depth, first=stages[-1].layer + 1 if stages else 0)

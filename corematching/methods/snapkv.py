@@ -51,9 +51,9 @@ class SnapKV(Method):
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)
         check_choice("pooling", self.pooling, tuple(POOLINGS))
-        if not isinstance(self.window, int) or self.window < 1:
+        if self.window < 1:
             raise UserError(f"window={self.window!r} is not valid: give a count >= 1")
-        if not isinstance(self.kernel, int) or self.kernel % 2 != 1 or self.kernel < 1:
+        if self.kernel % 2 != 1 or self.kernel < 1:
             raise UserError(f"kernel={self.kernel!r} is not valid: give an odd count >= 1")
 
     def stages(self, geometry: Geometry) -> list[Stage]:

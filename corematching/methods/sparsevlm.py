@@ -11,7 +11,15 @@ from torch import Tensor
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Replace, Stage
 from corematching.methods.clustering import cluster_means, density_peak_clusters
-from corematching.methods.parameters import Budget, check_budget, check_choice, check_count, check_layer, count_of
+from corematching.methods.parameters import (
+    Budget,
+    check_budget,
+    check_choice,
+    check_count,
+    check_falling,
+    check_layer,
+    count_of,
+)
 from corematching.methods.selection import top_mask
 from corematching.methods.views import LayerView, PromptView
 
@@ -61,7 +69,7 @@ class SparseVLM(Method):
         Share of the redundant tokens (more than the rank) that leave with ``schedule="rank"``, in (0, 1].
     """
 
-    version: str
+    version: str | float
     keep: int
     schedule: tuple[Budget, ...] | str | None
     layers: tuple[int, ...]
@@ -72,9 +80,11 @@ class SparseVLM(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", str(self.version))
         check_choice("version", self.version, tuple(SCHEDULES))
+        if not self.layers:
+            raise UserError("layers=[] is not valid: give the layers at whose output tokens leave")
         if self.schedule is None:
-            if self.keep not in SCHEDULES[self.version]:
-                valid = ", ".join(map(str, SCHEDULES[self.version]))
+            if self.keep not in SCHEDULES[str(self.version)]:
+                valid = ", ".join(map(str, SCHEDULES[str(self.version)]))
                 raise UserError(f"keep={self.keep!r} is not valid: give {valid}, or a schedule of one count per layer")
         elif isinstance(self.schedule, str):
             check_choice("schedule", self.schedule, ("rank",))
@@ -94,7 +104,7 @@ class SparseVLM(Method):
         """Tokens kept after each pruning layer; None = adaptive."""
         if isinstance(self.schedule, str):
             return (None,) * len(self.layers)
-        return SCHEDULES[self.version][self.keep] if self.schedule is None else self.schedule
+        return SCHEDULES[str(self.version)][self.keep] if self.schedule is None else self.schedule
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         if len(self.budgets) != len(self.layers):
@@ -103,16 +113,19 @@ class SparseVLM(Method):
             )
         if self.version == "2.0" and not 1 <= self.priority_heads <= geometry.heads:
             raise UserError(f"priority_heads={self.priority_heads} is not valid: give 1 to {geometry.heads}")
+        if isinstance(self.schedule, tuple):
+            check_falling("schedule", self.schedule, geometry.image_tokens)
         stages: list[BeforeLayer] = []
         for layer, budget in zip(self.layers, self.budgets, strict=True):
             check_layer("layers", layer, geometry.depth - 1, first=stages[-1].layer if stages else 0)
             if self.schedule is not None and budget is not None:
                 check_count("schedule", budget, geometry.image_tokens)
             stages.append(BeforeLayer(layer + 1, _Pruning(self, budget), renumber=self.version == "1.5"))
-        if self.schedule is None and geometry.image_tokens < max(SCHEDULES[self.version][self.keep]):
+        first = self.budgets[0]
+        if self.schedule is None and first is not None and geometry.image_tokens < first:
             raise UserError(
-                f"keep={self.keep} keeps {max(SCHEDULES[self.version][self.keep])} tokens at first, an image of this "
-                f"model has {geometry.image_tokens}: give a schedule"
+                f"keep={self.keep} keeps {first} tokens at first, an image of this model has "
+                f"{geometry.image_tokens}: give a schedule"
             )
         return list(stages)
 

@@ -50,7 +50,7 @@ class VisionZip(Method):
 
     def __post_init__(self) -> None:
         for name, value, least in (("dominant", self.dominant, 1), ("contextual", self.contextual, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if value < least:
                 raise UserError(f"{name}={value!r} is not valid: give a count >= {least}")
         if self.keep is not None:
             check_budget("keep", self.keep)
