@@ -15,7 +15,13 @@ from corematching.errors import UserError
 Budget = int | float
 """How much to keep: a count (int) or a kept fraction (float in (0, 1])."""
 _BUDGET = "a count >= 1 or a kept fraction in (0, 1]"
-_WORDS = {bool: "true or false", int: "a whole number (count, layer or seed)", float: "a number", str: "a text", types.NoneType: "null"}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number (count, layer or seed)",
+    float: "a number",
+    str: "a text",
+    types.NoneType: "null",
+}
 _LARGEST = 2**31
 """Numbers are smaller: seeds and counts beyond it overflow somewhere."""
 
