@@ -35,14 +35,14 @@ def reference_sentence_core(activations, rho, beta):
     return set(by_votes[: max(1, int(width * beta + 1e-9))])
 
 
-def reference_core_tokens(activations, visual, core):
+def reference_core_tokens(activations, visual, core, strict=False):
     match = {i: len({n for n, value in enumerate(activations[i]) if value > 0} & core) for i in visual}
     curve = sorted(match.values(), reverse=True)
     run, drop = len(curve) - 1, curve[-1] - curve[0]
     # Distance of (rank, value) to the chord from the first to the last point, times the chord's (constant) length.
     distance = [abs(drop * rank - run * (value - curve[0])) for rank, value in enumerate(curve)]
     elbow = curve[distance.index(max(distance))]
-    return {i for i in visual if match[i] > elbow}
+    return {i for i in visual if match[i] > elbow or (match[i] == elbow and not strict)}
 
 
 values = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
@@ -69,8 +69,11 @@ def test_core_neurons_and_core_tokens_match_the_reference(array, rho, beta):
 
     visual = range(array.shape[0] // 2, array.shape[0])
     scores = match_counts(activations[:, visual.start :], core)
-    kept = elbow_keep(scores, torch.ones_like(scores, dtype=torch.bool))
-    assert {visual.start + i for i in kept[0].nonzero()[:, 0].tolist()} == reference_core_tokens(rows, visual, expected)
+    for strict in (False, True):
+        kept = elbow_keep(scores, torch.ones_like(scores, dtype=torch.bool), strict)
+        found = {visual.start + i for i in kept[0].nonzero()[:, 0].tolist()}
+        assert found == reference_core_tokens(rows, visual, expected, strict)
+    assert elbow_keep(scores, torch.ones_like(scores, dtype=torch.bool)).any()
 
 
 @settings(max_examples=50, deadline=None)
@@ -112,3 +115,42 @@ def test_what_the_model_keeps_is_what_the_reference_keeps(seed, random_llava):
     assert 0 < len(kept) < 64
     for layer, activations in seen.items():
         assert set(sample.neurons[layer].tolist()) == reference_sentence_core(activations.tolist(), 0.2, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "above"),
+    [
+        ([5, 5, 5, 5], 4, 0),  # flat: nothing tells them apart
+        ([3], 1, 0),
+        ([4, 3, 2, 1], 1, 0),  # a straight line: every point lies on the chord, the first wins
+        ([7, 7, 7, 7, 7, 0], 5, 0),  # the elbow is the end of the upper plateau
+        ([9, 1, 1, 1, 1, 0], 5, 1),
+        ([math.nan, 8, 8, 0, math.nan], 2, 0),
+        ([math.nan, math.nan], 2, 0),
+    ],
+)
+def test_the_elbow_keeps_a_token_at_least(scores, kept, above):
+    row = torch.tensor([scores])
+    valid = torch.ones_like(row, dtype=torch.bool)
+    assert int(elbow_keep(row, valid).sum()) == kept
+    assert int(elbow_keep(row, valid, strict=True).sum()) == above
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", ["elbow", "elbow_release"])
+@pytest.mark.parametrize("beta", [0.01, 0.05, 0.4, 1.0])
+def test_some_core_token_stays_whatever_beta(threshold, beta, random_llava):
+    with cm.build_method("core_tokens", threshold=threshold, beta=beta)(random_llava) as trace:
+        for seed in range(3):
+            random_llava(**make_prompt(seed))
+    assert min(len(sample.visual_tokens[-1]) for sample in trace.samples) > 0
+
+
+@torch.no_grad()
+def test_the_releases_threshold_leaves_out_the_elbow(random_llava):
+    def kept(threshold):
+        with cm.build_method("core_tokens", threshold=threshold)(random_llava) as trace:
+            random_llava(**make_prompt(4))
+        return set(trace.samples[0].visual_tokens[-1].tolist())
+
+    assert kept("elbow_release") < kept("elbow")

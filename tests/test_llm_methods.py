@@ -28,6 +28,7 @@ REDUCED = {
     "csp": {"keep": 20, "recent": 6},
     "coreinfer": {"keep": 0.3, "token_keep": 0.4},
     "wanda_neurons": {"keep": 0.3},
+    "random_neurons": {"keep": 0.3},
     "dejavu": {"keep": 0.3},
     "powerinfer": {"keep": 0.3, "hot_fraction": 0.1},
 }
@@ -43,6 +44,7 @@ EVERYTHING = {
     "csp": {"keep": 1.0},
     "coreinfer": {"keep": 1.0},
     "wanda_neurons": {"keep": 1.0},
+    "random_neurons": {"keep": 1.0},
     "dejavu": {"keep": 1.0},
     "powerinfer": {"keep": 1.0},
 }
@@ -139,7 +141,12 @@ def test_something_is_saved_and_the_cost_of_choosing_is_booked(name, build, rand
         or sample.kv_bytes < dense.kv_bytes
         or all(len(neurons) < WIDTH for neurons in sample.neurons)
     )
-    free = name in ("streaming_llm", "coreinfer", "wanda_neurons")  # sorting and norms: no matrix product
+    free = name in (
+        "streaming_llm",
+        "coreinfer",
+        "wanda_neurons",
+        "random_neurons",
+    )  # sorting and norms: no matrix product
     assert sample.overhead_flops > 0 or free or name == "sgl"
     assert cm.flops(random_llava.config, sample).overhead > 0 or free
 

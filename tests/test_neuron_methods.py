@@ -22,6 +22,7 @@ from corematching.engine.ffn import FFNBuilder
 from corematching.engine.predictors import TokenwiseFFN, load_predictors, save_predictors
 from corematching.engine.views import Ledger
 from corematching.methods.base import ChooseNeurons, Method
+from corematching.methods.core import token_core_neurons
 from corematching.methods.coreinfer import most_counted, token_counts
 from corematching.methods.predictor import Predictor, most_active, recall
 from corematching.methods.views import FFNView
@@ -40,7 +41,8 @@ def ffn_view(activations, lengths=None, down=None) -> FFNView:
     batch, n, width = activations.shape
     valid = torch.arange(n) >= n - torch.tensor(lengths or [n] * batch)[:, None]
     weight = torch.ones(4, width) if down is None else down
-    return SimpleNamespace(activations=activations, valid=valid, down_weight=weight, spend=lambda flops: None)
+    visual = torch.zeros_like(valid)
+    return SimpleNamespace(activations=activations, valid=valid, visual_mask=visual, down_weight=weight)
 
 
 # ----------------------------------------------------------------------------------------------------------- CoreInfer
@@ -92,6 +94,60 @@ def test_magnitude_keeps_the_same_neurons_for_every_prompt(random_llava):
 
     assert chosen("magnitude", 0) == chosen("magnitude", 1)
     assert chosen("wanda", 0) != chosen("wanda", 1)
+
+
+# --------------------------------------------------------------------------------------------------- random, and votes
+@torch.no_grad()
+def test_random_neurons_follow_seed_layer_and_prompt_but_not_the_batch(random_llava, prompts):
+    def chosen(seed, inputs):
+        with cm.build_method("random_neurons", keep=0.25, seed=seed)(random_llava) as trace:
+            greedy(random_llava, inputs)
+        return [[neurons.tolist() for neurons in sample.neurons] for sample in trace.samples]
+
+    batch = chosen(7, left_pad(prompts))
+    assert batch == [own for prompt in prompts for own in chosen(7, prompt)]
+    assert all(len(set(layer)) == 12 for sample in batch for layer in sample)
+    assert len({tuple(layer) for sample in batch for layer in sample}) == 18
+    (other,) = chosen(8, prompts[0])
+    assert all(ours != theirs for ours, theirs in zip(batch[0], other, strict=True))
+    shares = torch.tensor(
+        [neuron for seed in range(9, 29) for layer in chosen(seed, prompts[0])[0] for neuron in layer]
+    )
+    assert shares.bincount(minlength=WIDTH).min() > 10, "120 choices of a quarter: 30 each on average"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["core_neurons", "corematching"])
+def test_text_or_the_last_token_alone_may_vote(name, random_llava):
+    prompt = make_prompt(6, text=9)
+    last = prompt["input_ids"].shape[1] - 1
+    share = {"core_neurons": {"keep": 0.25}, "corematching": {"beta": 0.25, "tokens": False}}[name]
+    seen = {}
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: seen.setdefault(i, args[0]))
+        for i, layer in enumerate(random_llava.model.language_model.layers)
+    ]
+    random_llava(**prompt)
+    for hook in hooks:
+        hook.remove()
+    text = [*range(5), *range(5 + 64, last + 1)]
+    for voters, tokens in (("all", range(last + 1)), ("text", text), ("last", [last])):
+        with cm.build_method(name, **share, rho=0.3, voters=voters)(random_llava) as trace:
+            greedy(random_llava, left_pad([prompt, make_prompt(1, text=30)]))
+        for layer in range(6):
+            votes = token_core_neurons(seen[layer][0, list(tokens)], 0.3).sum(0)
+            expected = votes.argsort(descending=True, stable=True)[:12].sort().values
+            assert trace.samples[0].neurons[layer].tolist() == expected.tolist(), voters
+
+
+@torch.no_grad()
+def test_who_votes_decides_which_tokens_stay(random_llava):
+    def kept(voters):
+        with cm.build_method("core_tokens", keep=9, voters=voters, beta=0.2)(random_llava) as trace:
+            random_llava(**make_prompt(6))
+        return trace.samples[0].visual_tokens[-1].tolist()
+
+    assert kept("all") != kept("text") != kept("last") != kept("all")
 
 
 # ---------------------------------------------------------------------------------------------------------- predictors
@@ -204,7 +260,7 @@ def test_predictor_files_keep_numbers_and_notes(random_llava, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- composition
 @torch.no_grad()
-@pytest.mark.parametrize("neurons", ["coreinfer", "wanda_neurons", "dejavu", "powerinfer"])
+@pytest.mark.parametrize("neurons", ["coreinfer", "wanda_neurons", "random_neurons", "dejavu", "powerinfer"])
 @pytest.mark.parametrize("other", ["pyramiddrop", "h2o"])
 def test_neuron_methods_join_token_and_kv_methods(neurons, other, random_llava, predictor_file, prompts):
     parameters = {"keep": 0.25}
@@ -256,6 +312,10 @@ def test_methods_that_reduce_the_same_thing_are_refused(first, second, what):
         ("coreinfer", {"keep": 2}, r"keep=2 .*fraction"),
         ("coreinfer", {"token_keep": 0}, r"token_keep=0"),
         ("wanda_neurons", {"score": "random"}, r"score='random'.*magnitude"),
+        ("random_neurons", {"keep": 40}, r"keep=40 .*fraction"),
+        ("random_neurons", {"seed": 2**32}, r"seed=4294967296 .*whole number"),
+        ("core_neurons", {"voters": "image"}, r"voters='image'.*all, text, last"),
+        ("corematching", {"voters": None}, r"voters=None.*text"),
         ("powerinfer", {"keep": 0.2, "hot_fraction": 0.4}, r"hot_fraction=0.4.*keep=0.2"),
         ("dejavu", {"keep": 1.2}, r"keep=1.2"),
     ],

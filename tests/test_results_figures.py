@@ -106,10 +106,10 @@ def test_shade_fades_only_dropped_patches():
 
 
 def test_elbow_by_hand():
-    # Chord from (0, 10) to (5, 0): the point farthest from it is (2, 1); the two above its score stay.
+    # Chord from (0, 10) to (5, 0): the point farthest from it is (2, 1); it and what lies above stay.
     curve, kept = elbow(np.array([1, 10, 9, 1, 0, 1]))
     assert curve.tolist() == [10, 9, 1, 1, 1, 0]
-    assert kept == 2
+    assert kept == 5
 
 
 class OneSpanProcessor:

@@ -177,7 +177,7 @@ def _after_layer(
     for stage in session.choose[index] if cache is not None else ():
         assert activations is not None
         weight = session.decoder.layers[index].mlp.down_proj.weight
-        session.defer_choice(cache, stage, FFNSignals(index, activations, layout.valid, weight, state.ledger))
+        session.defer_choice(cache, stage, FFNSignals(index, activations, layout, prompt, weight, state.ledger))
     if session.after[index] and cache is not None:
         layer_cache = cache.layers[index]
         signals.cached_keys = layer_cache.keys

@@ -143,6 +143,10 @@ class LayerSignals:
         return self.layout.valid
 
     @property
+    def visual_mask(self) -> Tensor:
+        return self.layout.visual_id > -2
+
+    @property
     def visual(self) -> Tensor:
         return self.layout.visual
 
@@ -267,9 +271,18 @@ class FFNSignals:
 
     layer: int
     activations: Tensor
-    valid: Tensor
+    layout: Layout
+    prompt: Prompt
     down_weight: Tensor
     ledger: Ledger
+
+    @property
+    def valid(self) -> Tensor:
+        return self.layout.valid
+
+    @property
+    def visual_mask(self) -> Tensor:
+        return self.layout.visual_id > -2
 
     def spend(self, flops: float | Sequence[float]) -> None:
         self.ledger.spend(flops)

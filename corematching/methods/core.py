@@ -11,6 +11,9 @@ from torch import Tensor
 from corematching import kernels
 from corematching.kernels.counts import core_counts
 
+VOTERS = ("all", "text", "last")
+"""Who may vote for the sentence's core neurons: see :func:`voting`."""
+
 
 def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> Tensor:
     """Sentence-wise core neurons of the tokens' own core neurons.
@@ -32,6 +35,21 @@ def core_neurons(activations: Tensor, valid: Tensor, rho: float, count: int) -> 
     if kernels.available(activations.device):
         return kernels.core_neurons(activations, valid, rho, count)
     return sentence_core_neurons(token_core_neurons(activations, rho), valid, count)
+
+
+def voting(valid: Tensor, visual: Tensor, voters: str) -> Tensor:
+    """Which tokens vote for the sentence's core neurons: "all", those of the "text", or the "last" one; bool [B, n].
+
+    Parameters
+    ----------
+    valid, visual
+        Bool [B, n]: tokens that are no padding (which stands on the left), and visual tokens.
+    """
+    if voters == "text":
+        return valid & ~visual
+    if voters == "last":
+        return valid & (torch.arange(valid.shape[1], device=valid.device) == valid.shape[1] - 1)
+    return valid
 
 
 def token_core_neurons(activations: Tensor, rho: float) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
-from corematching.methods.core import coactivation_counts, core_neurons, match_counts
+from corematching.methods.core import VOTERS, coactivation_counts, core_neurons, match_counts, voting
 from corematching.methods.parameters import Budget, check_budget, check_choice, check_count, check_reference, place
 from corematching.methods.selection import elbow_keep, keep_top
 from corematching.methods.views import LayerView
 
 SCORES = ("core", "last", "cosine", "attention")
-THRESHOLDS = ("elbow", "keep")
+THRESHOLDS = ("elbow", "elbow_release", "keep")
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,16 @@ class CoreTokens(Method):
     """Core tokens (CoreMatching, arXiv 2505.19235).
 
     At the FFN of layer ``layer - 1``: score every visual token by how many of the sentence's core neurons it activates
-    and keep those above the elbow of the sorted scores. The others leave at the input of ``layer``. All tokens that
-    entered the layer, text and visual, vote for the sentence's core neurons. Position ids stay the original ones.
+    and keep those at or above the elbow of the sorted scores, so that one token stays at least. The others leave at the
+    input of ``layer``. All tokens that entered the layer, text and visual, vote for the sentence's core neurons (see
+    ``core_neurons`` for what that means where most of an image is background; ``voters`` chooses others). Position ids
+    stay the original ones.
 
     Differences from the published code: tokens really leave (the release zeroes KV rows instead, see
-    ``corematching_release``) and the score is the paper's (the release counts neurons activated together with the
-    token five before the end: ``score="last"`` with ``reference=-5``).
+    ``corematching_release``); the score is the paper's (the release counts neurons activated together with the token
+    five before the end: ``score="last"`` with ``reference=-5``); and so is the threshold (the release keeps tokens
+    strictly above the elbow, which drops every visual token of a flat curve: ``threshold="elbow_release"``, which here
+    falls back to the tokens at the elbow then).
 
     Parameters
     ----------
@@ -43,13 +47,16 @@ class CoreTokens(Method):
         token. "cosine": cosine of activations with the reference token's. "attention": attention of the reference
         token, mean over heads.
     threshold
-        "elbow": adaptive, the count follows from the curve, unless ``keep`` is given. "keep": the top ``keep`` tokens.
+        "elbow": adaptive, the count follows from the curve, unless ``keep`` is given. "elbow_release": likewise,
+        without the tokens at the elbow. "keep": the top ``keep`` tokens.
     keep
         Forced budget (count or fraction), for matched comparisons; None leaves the count to the elbow.
     reference
         Prompt position of the reference token, counted from the end (-1 = last).
     depth_fraction
         Gives ``layer`` as a fraction of the model's depth instead.
+    voters
+        Who votes for the sentence's core neurons: "all" tokens (the paper), the "text" tokens, or the "last" one.
     """
 
     layer: int
@@ -60,6 +67,7 @@ class CoreTokens(Method):
     keep: Budget | None
     reference: int
     depth_fraction: float | None
+    voters: str
     acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __post_init__(self) -> None:
@@ -67,6 +75,7 @@ class CoreTokens(Method):
         check_budget("beta", self.beta, fraction_only=True)
         check_choice("score", self.score, SCORES)
         check_choice("threshold", self.threshold, THRESHOLDS)
+        check_choice("voters", self.voters, VOTERS)
         check_reference(self.reference)
         if self.threshold == "keep" or self.keep is not None:
             check_budget("keep", self.keep)
@@ -79,9 +88,13 @@ class CoreTokens(Method):
 
     def select(self, view: LayerView) -> Keep:
         scores = self.scores(view)
-        if self.keep is None:
-            return Keep(elbow_keep(scores, view.visual_valid))
-        return keep_top(scores, self.keep, view.visual_valid, view.visual_counts)
+        if self.keep is not None:
+            return keep_top(scores, self.keep, view.visual_valid, view.visual_counts)
+        kept = elbow_keep(scores, view.visual_valid)
+        if self.threshold == "elbow_release":
+            above = elbow_keep(scores, view.visual_valid, strict=True)
+            kept = torch.where(above.any(1, keepdim=True), above, kept)
+        return Keep(kept)
 
     def scores(self, view: LayerView) -> Tensor:
         """[B, V], higher = keep."""
@@ -97,5 +110,5 @@ class CoreTokens(Method):
         if self.score == "cosine":
             return cosine_similarity(visual.float(), reference[:, None].float(), dim=-1)
         count = max(1, int(activations.shape[2] * self.beta + 1e-9))
-        core = core_neurons(activations, view.valid, self.rho, count)
+        core = core_neurons(activations, voting(view.valid, view.visual_mask, self.voters), self.rho, count)
         return match_counts(visual, core)

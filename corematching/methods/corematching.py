@@ -17,13 +17,14 @@ class CoreMatching(Method):
     """CoreMatching (ICML 2025, arXiv 2505.19235): core tokens in prefill, core neurons in decode, co-adaptive.
 
     Only core tokens enter the layers after ``layer``, so the neurons of those layers are found from core tokens (and
-    text) alone. See :class:`CoreTokens` and :class:`CoreNeurons` for what each half does and how it differs from the
-    published code.
+    text) alone. See :class:`CoreTokens` and :class:`CoreNeurons` for what each half does, how it differs from the
+    published code, and why an answer may not end: its last neurons need not be among those the prompt votes for.
 
     Parameters
     ----------
-    layer, rho, beta, score, threshold, keep, reference, depth_fraction
-        As in :class:`CoreTokens`; ``beta`` is also the kept fraction of the FFN width in decode.
+    layer, rho, beta, score, threshold, keep, reference, depth_fraction, voters
+        As in :class:`CoreTokens`; ``beta`` is also the kept fraction of the FFN width in decode, and ``voters`` those
+        of both halves.
     layers
         [first, last] decoder layers whose neurons are pruned; None = all.
     tokens, neurons
@@ -38,6 +39,7 @@ class CoreMatching(Method):
     keep: Budget | None
     reference: int
     depth_fraction: float | None
+    voters: str
     layers: tuple[int, int] | None
     tokens: bool
     neurons: bool
@@ -59,10 +61,11 @@ class CoreMatching(Method):
             self.keep,
             self.reference,
             self.depth_fraction,
+            self.voters,
         )
 
     def neuron_half(self) -> CoreNeurons:
-        return CoreNeurons(self.beta, self.rho, self.layers)
+        return CoreNeurons(self.beta, self.rho, self.layers, self.voters)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         token_stages = self.token_half().stages(geometry) if self.tokens else []

@@ -17,8 +17,9 @@ class CoreMatchingRelease(Method):
     """The published code's behaviour. It saves nothing: KV rows of pruned tokens are zeroed, not dropped.
 
     After the prefill of each layer ``first_layer``..``last_layer``, visual tokens are scored by the number of neurons
-    they activate together with the prompt token at ``reference``; those not above the elbow get zero keys and values
-    in that layer's cache (a zero key still takes softmax mass). Prefill logits equal the dense model's; neurons are
+    they activate together with the prompt token at ``reference``; those not above the elbow (strictly, where the paper
+    keeps tokens at it as well: see ``core_tokens``) get zero keys and values in that layer's cache (a zero key still
+    takes softmax mass). On a flat curve that is every visual token. Prefill logits equal the dense model's; neurons are
     never pruned. The official image slice 5:581 is generalised to the true visual span.
 
     Parameters
@@ -47,4 +48,4 @@ class CoreMatchingRelease(Method):
         activations = view.activations()
         counts = coactivation_counts(activations, activations[:, self.reference])
         view.spend([2 * length * activations.shape[2] for length in view.lengths])
-        return ZeroKV(view.visual_mask & ~elbow_keep(counts, view.visual_mask))
+        return ZeroKV(view.visual_mask & ~elbow_keep(counts, view.visual_mask, strict=True))

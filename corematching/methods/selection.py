@@ -42,27 +42,33 @@ def keep_top_patches(scores: Tensor, keep: Budget) -> Keep:
     return keep_top(scores, keep, torch.ones_like(scores, dtype=torch.bool), [patches] * images)
 
 
-def elbow_keep(scores: Tensor, valid: Tensor) -> Tensor:
-    """Keep tokens above the elbow of the sorted score curve ("maximum geometric distance").
+def elbow_keep(scores: Tensor, valid: Tensor, strict: bool = False) -> Tensor:
+    """Keep tokens at or above the elbow of the sorted score curve ("maximum geometric distance").
 
     The curve is (rank, score) with scores sorted in descending order; the elbow is its point farthest from the chord
-    between the first and the last point, the first one on ties. Tokens scoring strictly above the elbow's score are
-    kept. Axes are not normalised. Source: CoreMatching, section on core tokens, and its published code.
+    between the first and the last point, the first one on ties. Axes are not normalised. Source: CoreMatching, section
+    on core tokens. At least one token stays; scores that are all equal keep every token, as nothing tells them apart.
 
     Parameters
     ----------
     scores
-        [B, V], exact integers or floats.
+        [B, V], exact integers or floats. NaN takes no part in the curve and is not kept, unless nothing else is there.
     valid
         Bool [B, V]: padded slots take no part in the curve.
+    strict
+        Keep tokens above the elbow only, as the published code does. That can be none: on a flat curve, or where many
+        tokens share the highest score.
 
     Returns
     -------
     Bool [B, V].
     """
     scores = scores.double()
-    count = valid.sum(1, keepdim=True)
-    curve = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True).values
+    ranked = valid & ~scores.isnan()
+    ranked = torch.where(ranked.any(1, keepdim=True), ranked, valid)
+    scores = scores.nan_to_num(0.0)
+    count = ranked.sum(1, keepdim=True)
+    curve = scores.masked_fill(~ranked, -torch.inf).sort(dim=1, descending=True).values
     rank = torch.arange(scores.shape[1], device=scores.device, dtype=scores.dtype).expand_as(curve)
     last = curve.gather(1, (count - 1).clamp(min=0))
     first, run = curve[:, :1], (count - 1).clamp(min=1).to(scores.dtype)
@@ -70,7 +76,7 @@ def elbow_keep(scores: Tensor, valid: Tensor) -> Tensor:
     distance = ((last - first) * rank - run * (curve - first)).abs()
     distance = distance.masked_fill(rank >= count, -1.0)
     elbow = curve.gather(1, distance.argmax(dim=1, keepdim=True))
-    return (scores > elbow) & valid
+    return ((scores > elbow) if strict else (scores >= elbow)) & ranked
 
 
 def hashed_noise(keys: Tensor, width: int, seed: int) -> Tensor:
@@ -79,7 +85,8 @@ def hashed_noise(keys: Tensor, width: int, seed: int) -> Tensor:
     The same sample gets the same noise whatever its batch or device, without moving data off the device.
     """
     index = torch.arange(1, width + 1, device=keys.device, dtype=torch.long)
-    state = keys[:, None] * 2862933555777941757 + index * 3202034522624059733 + (seed + 1) * 3935559000370003845
+    salt = ((seed + 1) * 3935559000370003845 + 2**63) % 2**64 - 2**63  # as 64-bit arithmetic would leave it
+    state = keys[:, None] * 2862933555777941757 + index * 3202034522624059733 + salt
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         # A logical right shift: torch's is arithmetic, so the sign's copies are masked away.
         state = (state ^ ((state >> shift) & ((1 << (64 - shift)) - 1))) * factor

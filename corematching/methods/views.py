@@ -84,6 +84,11 @@ class LayerView(Protocol):
         ...
 
     @property
+    def visual_mask(self) -> Tensor:
+        """Bool [B, n]: visual tokens."""
+        ...
+
+    @property
     def visual(self) -> Tensor:
         """Long [B, V]: positions of the visual tokens in the current sequence, ascending."""
         ...
@@ -319,6 +324,14 @@ class FFNView(Protocol):
     def valid(self) -> Tensor:
         """Bool [B, n]."""
         ...
+
+    @property
+    def visual_mask(self) -> Tensor:
+        """Bool [B, n]: visual tokens."""
+        ...
+
+    @property
+    def prompt(self) -> PromptView: ...
 
     @property
     def down_weight(self) -> Tensor:

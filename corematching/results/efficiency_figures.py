@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from corematching.results.figures import COLOURS, MARKERS, STYLE, new_figure, save
 from corematching.results.hardware import SETTING, setting_title
 
-NEURON_METHODS = ("core_neurons", "coreinfer", "wanda_neurons", "dejavu", "powerinfer")
+NEURON_METHODS = ("core_neurons", "coreinfer", "wanda_neurons", "random_neurons", "dejavu", "powerinfer")
 
 
 def speedup_over_keep(efficiency: pd.DataFrame) -> Figure | None:
