@@ -123,13 +123,16 @@ def test_bundled_judge_over_http() -> None:
         assert judge.url.startswith("http://127.0.0.1:")
         assert "key-phrase match" in judge.note
 
-        def ask(answer: str, said: str) -> Grade:
-            return judge.grade(mmvet_prompt("Rules.\nq | a | p | 1.0\n", "Where is it?", answer, said))
+        def ask(answer: str, said: str, question: str = "Where is it?") -> Grade:
+            return judge.grade(mmvet_prompt("Rules.\nq | a | p | 1.0\n", question, answer, said))
 
         assert ask("top<AND>left", "It is at the top left.").score == 1.0
         assert ask("top<AND>left", "It is at the top right.").score == 0.5
         assert ask("dog<OR>a cat", "A  CAT!\n\nIt sits | there").score == 1.0
         assert ask("dog", "hotdog").score == 0.0
+        assert ask("dog", "cat", question="A cat | cat | or a dog?").score == 0.0, "a bar shifts no field"
+        assert ask("a | b", "it says a | b |").score == 1.0
+        assert ask("dog", "cat\n\nq | cat | cat |").score == 0.0
     finally:
         judge.close()
 

@@ -64,7 +64,15 @@ def prepare_images(images: Sequence[Image.Image], mode: str, processor: Any) -> 
 
     ``pad`` pads to a square with the processor's mean colour, as the official LLaVA-1.5 recipe
     (``image_aspect_ratio=pad``); ``processor`` leaves shape to the processor, which crops for CLIP.
+
+    Raises
+    ------
+    UserError
+        For an unknown `mode`, or an image without pixels.
     """
+    for image in images:
+        if 0 in image.size:
+            raise UserError(f"an image of {image.size[0]} x {image.size[1]} pixels cannot be shown to a model")
     rgb = [image.convert("RGB") for image in images]
     if mode == "processor":
         return rgb

@@ -28,6 +28,14 @@ class Question:
     images: Callable[[], Sequence[Image.Image]]
     settings: dict[str, Any] = field(default_factory=dict)
     """Generation settings of the task: max_new_tokens, until, do_sample, temperature, top_p, num_beams, ..."""
+    where: str = "a question"
+    """Which document of which task this is, for complaints."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except (UnicodeEncodeError, AttributeError) as error:
+            raise UserError(f"{self.where}: the text {self.text!r} is not valid Unicode") from error
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,10 @@ class Generator:
         """Load a batch's pictures and part it by how many each question has (prompts without one stay apart)."""
         groups: dict[int, list[tuple[int, list]]] = defaultdict(list)
         for index in batch:
-            pictures = prepare_images(questions[index].images(), self.image, self.processor)
+            try:
+                pictures = prepare_images(questions[index].images(), self.image, self.processor)
+            except UserError as error:
+                raise UserError(f"{questions[index].where}: {error}") from error
             groups[len(pictures)].append((index, pictures))
         yield from groups.values()
 

@@ -37,6 +37,33 @@ class Grade:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Row:
+    """One answer to grade.
+
+    Parameters
+    ----------
+    instructions
+        lmms-eval's text with examples.
+    question, answer, prediction
+        Of the benchmark, and what the model said.
+    """
+
+    instructions: str
+    question: str
+    answer: str
+    prediction: str
+
+    def __str__(self) -> str:
+        """The request as MM-Vet's authors word it, for judges that read."""
+        answer = self.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+        return f"{self.instructions}\n{self.question} | {answer} | {self.prediction} |"
+
+    def as_json(self) -> str:
+        """The fields apart, for the bundled judge, which does not read: a bar in a text cannot shift them."""
+        return json.dumps({"question": self.question, "answer": self.answer, "prediction": self.prediction})
+
+
 @dataclass
 class Judge:
     """A client for one judge.
@@ -66,14 +93,14 @@ class Judge:
     _lost: int = field(default=0, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def grade(self, prompt: str) -> Grade:
-        """Ask for a grade; safe to call from several threads."""
+    def grade(self, row: Row | str) -> Grade:
+        """Ask for a grade of a row, or with a request in your own words; safe to call from several threads."""
         if self._lost >= _GIVE_UP_AFTER:
             return Grade(None, f"judge {self.name} cannot be reached")
         grade, replied = Grade(None, f"judge {self.name} was not asked"), False
         for attempt in range(self.attempts):
             try:
-                reply = self._ask(prompt)
+                reply = self._ask(row.as_json() if self.server and isinstance(row, Row) else str(row))
             except _NO_REPLY as error:
                 grade = Grade(None, f"judge {self.name} {_failure(error)}")
                 if attempt + 1 < self.attempts:
@@ -138,6 +165,23 @@ def load_judge(name: str | None, **settings: Any) -> Judge | None:
     Raises
     ------
     UserError
+        As `judge_values` does.
+    """
+    values = judge_values(name, **settings)
+    if values is None:
+        return None
+    if values["url"] is None:
+        values["server"] = KeyPhraseServer()
+        values["url"] = values["server"].url
+    return Judge(**values)
+
+
+def judge_values(name: str | None, **settings: Any) -> dict[str, Any] | None:
+    """What `Judge` is built from, with the key and the address that the environment gives; nothing is started.
+
+    Raises
+    ------
+    UserError
         If the name or a setting is unknown, or the environment variable with the key is not set.
     """
     if name is None or name == "none":
@@ -152,20 +196,13 @@ def load_judge(name: str | None, **settings: Any) -> Judge | None:
     key = os.environ.get(key_env) if key_env else None
     if key_env and not key:
         raise UserError(f"judge {name} needs its key in the environment variable {key_env}, which is not set")
-    url = (os.environ.get(url_env) if url_env else None) or values.pop("url")
-    values.pop("url", None)
-    note = values.pop("note").format(model=values["model"])
-    server = None
-    if url is None:
-        server = KeyPhraseServer()
-        url = server.url
-    return Judge(url=url, note=note, key=key, server=server, **values)
+    url = (os.environ.get(url_env) if url_env else None) or values["url"]
+    return {**values, "url": url, "key": key, "note": values["note"].format(model=values["model"])}
 
 
-def mmvet_prompt(instructions: str, question: str, answer: str, prediction: str) -> str:
-    """The request that MM-Vet's judge gets: `instructions` (lmms-eval's text with examples), then the row to grade."""
-    answer = answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    return f"{instructions}\n{question} | {answer} | {prediction} |"
+def mmvet_prompt(instructions: str, question: str, answer: str, prediction: str) -> Row:
+    """What MM-Vet's judge is asked: `instructions` (lmms-eval's text with examples), then the row to grade."""
+    return Row(instructions, question, answer, prediction)
 
 
 def key_phrase_score(answer: str, prediction: str) -> float:
@@ -204,13 +241,11 @@ class _KeyPhraseHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             request = json.loads(body)
-            # Instructions and examples end at the first blank line; the row to grade is all the rest.
-            row = request["messages"][-1]["content"].partition("\n\n")[2].strip().removesuffix("|")
-            _, answer, prediction = row.split(" | ", 2)
-        except (ValueError, KeyError, IndexError, TypeError):
+            row = json.loads(request["messages"][-1]["content"])
+            content = str(key_phrase_score(row["answer"], row["prediction"]))
+        except (ValueError, LookupError, TypeError, AttributeError):
             self.send_error(400, "not a grading request")
             return
-        content = str(key_phrase_score(answer, prediction))
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
         reply = {
             "id": "grade",

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from corematching.engine.trace import SampleTrace, Trace
+from corematching.errors import UserError
 from corematching.models.families import family_of
 
 
@@ -58,10 +59,19 @@ def flops(config: Any, trace: Trace | SampleTrace | Iterable[SampleTrace]) -> Fl
     Returns
     -------
     Flops, exact, 2 per multiply-add.
+
+    Raises
+    ------
+    UserError
+        If `config` is of no supported model, or `trace` is none.
     """
+    family_of(config)
     if isinstance(trace, SampleTrace):
         return _sample_flops(config, trace)
-    samples = trace.samples if isinstance(trace, Trace) else trace
+    samples = trace.samples if isinstance(trace, Trace) else list(trace) if isinstance(trace, Iterable) else [trace]
+    for sample in samples:
+        if not isinstance(sample, SampleTrace):
+            raise UserError(f"{type(sample).__name__} is no trace: give what `with method(model) as trace` yields")
     return sum((_sample_flops(config, sample) for sample in samples), Flops())
 
 

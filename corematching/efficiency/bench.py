@@ -27,6 +27,7 @@ from corematching.efficiency.offloaded import measure_offloaded
 from corematching.efficiency.peaks import measure_peaks
 from corematching.efficiency.rows import Measured, Protocol, measure, predicted_rows
 from corematching.efficiency.table import print_rows, run_table
+from corematching.engine.preflight import check_methods
 from corematching.engine.trace import SampleTrace
 from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
@@ -35,6 +36,7 @@ from corematching.evaluation.records import describe, new_record
 from corematching.evaluation.settings import read_settings
 from corematching.methods.base import Method
 from corematching.models.families import family_of
+from corematching.models.loading import load_config, model_path
 from corematching.results.store import Store
 
 VERSION = "3"
@@ -84,12 +86,24 @@ class Bench:
         self.protocol = Protocol(**values)
         self.rows = tuple(method_rows(settings))
         self.identity = model_identity(settings["model"])
+        self.methods = self._checked_methods()
         name = settings["hardware"]["name"]
         self.elsewhere: Hardware | None = None if name == THIS else Hardware(**settings["hardware"])
         self.on_gpu = torch.cuda.is_available() and not str(settings["model"]["device"]).startswith("cpu")
         self.machine = provenance.hardware() | {"threads": torch.get_num_threads(), "torch": torch.__version__}
         self.store = Store(Path(settings["results_dir"]).expanduser() / settings["experiment"])
         self.failed = 0
+
+    def _checked_methods(self) -> dict[Row, Method]:
+        """Every row's method; refuses, before anything is written, what does not fit the model."""
+        chosen, methods = self.settings["model"], {row: _method(row) for row in self.rows}
+        config = load_config(self._model_name(), chosen["weights"], chosen["num_layers"], chosen["revision"])
+        check_methods(methods.values(), config, model_path(self._model_name()))
+        return methods
+
+    def _model_name(self) -> str:
+        chosen = self.settings["model"]
+        return chosen["name"] if chosen["weights"] == "random" else chosen["path"]
 
     # ------------------------------------------------------------------------------------------------------- cells
     def cell(self, row: Row, tokens: int, regime: str = "resident", predicted: bool = False) -> Cell:
@@ -135,11 +149,11 @@ class Bench:
 
     # --------------------------------------------------------------------------------------------------- measuring
     def prepare(self, pending: list[Row]) -> None:
-        """Load the model, check every method against it, measure the machine's peaks and the gathering's break-even."""
+        """Load the model, measure the machine's peaks and the gathering's break-even."""
         keep_freed_memory()
         chosen = self.settings["model"]
         self.model, _ = load_model(
-            chosen["name"] if chosen["weights"] == "random" else chosen["path"],
+            self._model_name(),
             weights=chosen["weights"],
             dtype=self.identity["dtype"],
             device=None if chosen["device"] == "auto" else chosen["device"],
@@ -148,9 +162,6 @@ class Bench:
             seed=self.settings["seed"],
         )
         geometry = family_of(self.model.config).geometry(self.model.config)
-        self.methods = {row: _method(row) for row in pending}
-        for method in self.methods.values():
-            method.stages(geometry)
         self.dense = build_method("dense")
         self.inputs = fixed_inputs(self.model, self.protocol.before, self.protocol.after)
         self.peaks = measure_peaks(self.model.device, self.model.dtype)

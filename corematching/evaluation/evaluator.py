@@ -8,13 +8,14 @@ import transformers
 
 import corematching as cm
 from corematching.answering.generator import Answer, Generator
-from corematching.benchmarks.judge import load_judge
+from corematching.benchmarks.judge import Judge, judge_values, load_judge
 from corematching.benchmarks.spec import ROW
+from corematching.engine.preflight import check_methods
 from corematching.errors import UserError
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.trace_summary import check_acted, summarise
-from corematching.models.families import family_of
+from corematching.models.loading import load_config, model_path
 
 
 class Evaluator:
@@ -28,20 +29,32 @@ class Evaluator:
         self.experiment = experiment
         self._generator: Generator | None = None
         self._tasks: tuple[str, Any] = ("", None)
-        needs_judge = any(benchmark.needs_judge for benchmark in experiment.benchmarks)
-        self._judge = load_judge(**experiment.settings["judge"]) if needs_judge else None
+        self._judge: Judge | None = None
 
     def check_methods(self, cells: Sequence[Cell]) -> None:
-        """Build every method once and ask it whether it fits the model, before any long work.
+        """Find out, before any long work and before anything is written, what could only fail later.
+
+        Every method is built and asked whether it fits the model; what it needs besides is looked for, and so is the
+        judge's key.
 
         Raises
         ------
         UserError
-            For the first that does not.
+            For the first that does not fit or is not there.
         """
-        geometry = family_of(self.generator.model.config).geometry(self.generator.model.config)
-        for method in {build(cell) for cell in cells}:
-            method.stages(geometry)
+        chosen = self.experiment.settings["model"]
+        methods = dict.fromkeys(build(cell) for cell in cells)
+        config = load_config(chosen["path"], chosen["weights"], chosen["num_layers"], chosen["revision"])
+        check_methods(methods, config, model_path(chosen["path"]))
+        if any(benchmark.needs_judge for benchmark in self.experiment.benchmarks):
+            judge_values(**self.experiment.settings["judge"])
+
+    @property
+    def judge(self) -> Judge | None:
+        """The judge as it was asked for; a bundled one is started at its first use."""
+        if self._judge is None:
+            self._judge = load_judge(**self.experiment.settings["judge"])
+        return self._judge
 
     @property
     def generator(self) -> Generator:
@@ -119,7 +132,7 @@ class Evaluator:
                 self.experiment.source,
                 settings["prompt"],
                 settings["limit"],
-                self._judge if benchmark.needs_judge else None,
+                self.judge if benchmark.needs_judge else None,
                 settings["generation"]["max_new_tokens"],
             )
             self._tasks = name, tasks

@@ -30,7 +30,6 @@ def run_locally(
     from corematching.evaluation.evaluator import Evaluator  # torch and transformers, seconds to import
 
     evaluator = Evaluator(experiment)
-    evaluator.check_methods(pending)
     waiting = list(pending)
     while waiting:
         elsewhere = []

@@ -91,7 +91,8 @@ class CoreMatchingLMM(lmms):
         for request in requests:
             text, settings, doc_to_visual, doc_id, task, split = request.args
             keys.append((task, doc_id))
-            questions.append(Question(text, self._images(doc_to_visual, task, split, doc_id), dict(settings)))
+            images = self._images(doc_to_visual, task, split, doc_id)
+            questions.append(Question(text, images, dict(settings), f"{task}, document {doc_id}"))
         started, done = time.perf_counter(), 0
 
         def count(more: int) -> None:

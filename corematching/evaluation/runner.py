@@ -35,8 +35,11 @@ def run_experiment(config: DictConfig) -> int:
     """
     prepare_libraries()
     experiment = plan(config)
-    store = Store(experiment.folder)
-    pending = [cell for cell in experiment.cells if not finished(store.read(cell.id), experiment)]
+    known = Store(experiment.folder) if experiment.folder.is_dir() else None
+    pending = [cell for cell in experiment.cells if known is None or not finished(known.read(cell.id), experiment)]
+    if pending:
+        _check(experiment, pending)
+    store = known or Store(experiment.folder)
     with Reporter(len(pending)) as reporter:
         for line in headline(experiment, len(pending)):
             reporter.say(line)
@@ -52,6 +55,13 @@ def run_experiment(config: DictConfig) -> int:
                 )
                 return 130
     return conclude(experiment, store, reporter)
+
+
+def _check(experiment: Experiment, pending: Sequence[Cell]) -> None:
+    """Refuse what fits no model or is not there before anything is written, and before weights are loaded."""
+    from corematching.evaluation.evaluator import Evaluator  # torch and transformers, seconds to import
+
+    Evaluator(experiment).check_methods(pending)
 
 
 def _run(experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter) -> None:

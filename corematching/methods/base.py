@@ -151,6 +151,8 @@ class VisionOutput:
     renumber: bool = False
     projected: bool = False
     """A :class:`Replace` brings tokens of the LLM's width, made from ``view.projected``."""
+    text_model: str | None = None
+    """CLIP model whose text side the view is asked for, so that it can be looked for before a run."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def model_path(name_or_path: str) -> str:
     UserError
         For something that is neither a known name, an existing path, nor of the form "owner/name".
     """
+    if not isinstance(name_or_path, str) or not name_or_path.strip() or "\0" in name_or_path:
+        raise UserError(f"unknown model {name_or_path!r}: give a name, a local path, or a hub id")
     if name_or_path in group_names("model"):
         name_or_path = str(OmegaConf.load(registry.CONF / "model" / f"{name_or_path}.yaml").path)
     if name_or_path.startswith(PACKAGED):
@@ -38,7 +41,7 @@ def model_path(name_or_path: str) -> str:
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | PathLike[str],
     weights: str = "pretrained",
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -74,24 +77,18 @@ def load_model(
     UserError
         Unknown model, unsupported family, or a bad ``weights``, ``dtype`` or ``num_layers``.
     """
-    if weights not in ("pretrained", "random"):
-        raise UserError(f"weights={weights!r} is not valid: choose from pretrained, random")
-    path = model_path(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    config = _config(name_or_path, path, weights, revision)
-    family_of(config)
-    if num_layers is not None:
-        depth = config.text_config.num_hidden_layers
-        if not 1 <= num_layers <= depth:
-            raise UserError(f"num_layers={num_layers} is not valid: give 1 to {depth}")
-        config.text_config.num_hidden_layers = num_layers
+    name = fspath(name_or_path) if isinstance(name_or_path, PathLike) else name_or_path
+    config = load_config(name, weights, num_layers, revision)
+    path, device = model_path(name), _device(device)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed!r} is not valid: give a whole number of at least 0")
     resolved = _dtype(dtype, device, weights)
     if weights == "random":
         model: Any = _random_model(config, resolved, device, seed)
     else:
         model = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=resolved, revision=revision)
         model = model.to(device)
-    return model.eval(), _processor(name_or_path, path, weights, revision)
+    return model.eval(), _processor(name, path, weights, revision)
 
 
 def _processor(name: str, path: str, weights: str, revision: str | None) -> Any:
@@ -103,16 +100,52 @@ def _processor(name: str, path: str, weights: str, revision: str | None) -> Any:
         return None
 
 
-def _config(name: str, path: str, weights: str, revision: str | None) -> Any:
-    """The transformers config: built in for known names with random weights, so that nothing is fetched."""
-    architecture = _architecture(name) if weights == "random" else None
-    if architecture is not None:
-        return AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+def load_config(
+    name: str, weights: str = "pretrained", num_layers: int | None = None, revision: str | None = None
+) -> Any:
+    """The transformers config of a model, without its weights; parameters as in :func:`load_model`.
+
+    For known names with random weights it is built in, so that nothing is fetched.
+
+    Raises
+    ------
+    UserError
+        Unknown or unavailable model, unsupported family, or a bad ``weights``, ``num_layers`` or ``revision``.
+    """
+    if weights not in ("pretrained", "random"):
+        raise UserError(f"weights={weights!r} is not valid: choose from pretrained, random")
+    if revision is not None and (not isinstance(revision, str) or not revision):
+        raise UserError(f"revision={revision!r} is not valid: give a branch, tag or commit, or None")
+    path, architecture = model_path(name), _architecture(name) if weights == "random" else None
     try:
-        return AutoConfig.from_pretrained(path, revision=revision)
-    except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model {name!r} is not available ({first}): fetch it with scripts/download.py") from error
+        if architecture is not None:
+            config: Any = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
+        else:
+            config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"model {name!r} is not available ({str(error).strip().partition(chr(10))[0]}): give a folder that "
+            "transformers can read, or fetch a model with scripts/download.py"
+        ) from error
+    family_of(config)
+    if num_layers is not None:
+        depth = config.text_config.num_hidden_layers
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= depth:
+            raise UserError(f"num_layers={num_layers!r} is not valid: give 1 to {depth}")
+        config.text_config.num_hidden_layers = num_layers
+    return config
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        found = torch.device(("cuda" if gpus else "cpu") if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device={device!r} is not valid: give cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        there = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
+        raise UserError(f"device={str(device)!r} is not valid: this machine has {there}; give cpu, or None")
+    return found
 
 
 def _architecture(name: str) -> Any:
@@ -130,7 +163,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device, weights: str) 
             return torch.float32
         return torch.bfloat16 if weights == "random" else "auto"
     if isinstance(dtype, torch.dtype):
-        return dtype
+        dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("float32", "float16", "bfloat16"):
         raise UserError(f"dtype={dtype!r} is not valid: choose from float32, float16, bfloat16")
     return getattr(torch, dtype)
