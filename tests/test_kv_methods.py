@@ -7,7 +7,7 @@ import torch
 from conftest import left_pad, make_prompt
 
 import corematching as cm
-from corematching.methods.kv import attention_received
+from corematching.methods.kv import attention_received, keep_best
 
 METHODS = {
     "streaming_llm": {"keep": 20},
@@ -28,6 +28,7 @@ class FakeView:
         self.valid = torch.arange(n) >= n - torch.tensor(self.lengths)[:, None]
         self.visual_mask = torch.zeros(batch, n, dtype=torch.bool)
         self.visual_mask[:, list(visual)] = True
+        self.visual_counts = self.visual_mask.sum(1).tolist()
         self.spent = [0.0] * batch
 
     def queries(self, rows, counts=None):
@@ -98,9 +99,10 @@ def test_h2o_keeps_the_heaviest_and_the_recent():
 
 
 @pytest.mark.parametrize("pooling", ["avg", "max"])
-def test_snapkv_smooths_what_the_window_sees(pooling):
+@pytest.mark.parametrize("ties", ["topk", "first"])
+def test_snapkv_smooths_what_the_window_sees(pooling, ties):
     view = random_view(lengths=[90, 70])
-    decision = cm.build_method("snapkv", keep=20, window=8, kernel=3, pooling=pooling).select(view)
+    decision = cm.build_method("snapkv", keep=20, window=8, kernel=3, pooling=pooling, ties=ties).select(view)
     seen = grouped(full_attention(view)[:, :, -8:].sum(2), 2)
     for row, length in enumerate([90, 70]):
         for head in range(2):
@@ -108,22 +110,36 @@ def test_snapkv_smooths_what_the_window_sees(pooling):
             padded = [0.0, *older, 0.0]
             triples = zip(padded, padded[1:], padded[2:], strict=False)
             smooth = torch.tensor([sum(t) / 3 if pooling == "avg" else max(t) for t in triples])
-            best = smooth.argsort(descending=True, stable=True)[:12] + 90 - length
+            # Max pooling makes plateaus: which of equal scores stay is torch.topk's choice, as officially.
+            best = smooth.topk(12).indices if ties == "topk" else smooth.argsort(descending=True, stable=True)[:12]
+            best = best + 90 - length
             expected = [*sorted(best.tolist()), *range(82, 90)]
             assert kept_sets(decision, row, head) == expected
 
 
-def csp_parts(view, recent, row, head):
+def test_ties_are_cut_as_torch_topk_does_or_by_position():
+    scores = torch.tensor([[[1.0, 5, 5, 5, 5, 5, 5, 2, 9, 9]], [[7.0, 7, 7, 7, 7, 3, 3, 3, 9, 9]]])
+    official = kept_sets(keep_best(scores, [10, 8], [5, 4], [2, 2], "topk"), 0, 0)
+    assert official == sorted([*scores[0, 0, :8].topk(3).indices.tolist(), 8, 9])
+    alone = keep_best(scores[1:, :, 2:], [8], [4], [2], "topk")
+    both = keep_best(scores, [10, 8], [5, 4], [2, 2], "topk")
+    assert kept_sets(both, 1, 0) == [position + 2 for position in kept_sets(alone, 0, 0)]
+    first = keep_best(scores, [10, 8], [5, 4], [2, 2], "first")
+    assert kept_sets(first, 0, 0) == [1, 2, 3, 8, 9]
+    assert kept_sets(first, 1, 0) == [2, 3, 8, 9]
+
+
+def csp_parts(view, recent, row, head, upto=None):
     """Cross- and within-modality sums of the last ``recent`` queries, entry by entry."""
     attention = grouped(full_attention(view, plus_one=True), 2)[row, head]
     visual = view.visual_mask[row]
     n = len(visual)
     cross, within = torch.zeros(n), torch.zeros(n)
     for query in range(n - recent, n):
-        for key in range(n - recent):
+        for key in range(n - recent if upto is None else upto):
             part = within if visual[query] == visual[key] else cross
             part[key] += attention[query, key]
-    return cross[: n - recent], within[: n - recent]
+    return (cross, within) if upto else (cross[: n - recent], within[: n - recent])
 
 
 def test_csp_ranks_the_two_parts_apart():
@@ -136,10 +152,43 @@ def test_csp_ranks_the_two_parts_apart():
             cross, within = csp_parts(view, 12, row, head)
             first = cross.topk(5).indices.tolist()  # int(18 * 0.3)
             again = within.topk(12).indices.tolist()  # int(18 * 0.7)
-            assert kept_sets(official, row, head) == [*first, *again, *range(48, 60)]
-            within[first] = -1
-            rest = within.topk(13).indices.tolist()
-            assert sorted(kept_sets(decision, row, head)) == sorted([*first, *rest, *range(48, 60)])
+            assert kept_sets(official, row, head) == [*again, *first, *range(48, 60)]
+            own = within.topk(13).indices.tolist()
+            cross[own] = -1
+            rest = cross.topk(5).indices.tolist()
+            assert kept_sets(decision, row, head) == [*own, *rest, *range(48, 60)]
+
+
+@pytest.mark.parametrize(("bias", "last"), [(0.5, 6), (1.6, 19), (2.5, 30)])
+def test_csp_bias_moves_rows_from_the_choice_to_the_end(bias, last):
+    """The last 12 * bias positions stay; what is left of 30 is chosen among all others, which 12 observe."""
+    view = random_view(n=60, visual=range(10, 55))
+    decision = cm.build_method("csp", keep=30, recent=12, cross_fraction=0.3, bias=bias, deduplicate=False).select(view)
+    cross, within = (sums[: 60 - last] for sums in csp_parts(view, 12, 1, 0, upto=60 - last))
+    first = cross.topk(int((30 - last) * 0.3)).indices.tolist()
+    again = within.topk(int((30 - last) * 0.7)).indices.tolist()
+    assert kept_sets(decision, 1, 0) == [*again, *first, *range(60 - last, 60)]
+    exact = cm.build_method("csp", keep=30, recent=12, bias=bias).select(view)
+    assert len(set(kept_sets(exact, 1, 0))) == 30
+
+
+def test_csp_leaves_prompts_without_an_image_whole():
+    view = random_view(n=60, visual=range(10, 55))
+    view.visual_mask[0] = False
+    view.visual_counts[0] = 0
+    decision = cm.build_method("csp", keep=30, recent=12).select(view)
+    assert sorted(kept_sets(decision, 0, 1)) == list(range(60))
+    assert len(kept_sets(decision, 1, 1)) == 30
+    assert cm.build_method("csp", keep=30).select(random_view(n=60, visual=())) is None
+
+
+def test_csp_without_a_cross_share_has_the_official_constant_or_the_formula():
+    view = random_view(n=400, visual=range(10, 350))
+    official = cm.build_method("csp", keep=200, recent=40, cross_fraction=0.0, deduplicate=False).select(view)
+    assert len(kept_sets(official, 0, 0)) == 308 + 1 + 40
+    assert (
+        len(set(kept_sets(cm.build_method("csp", keep=200, recent=40, cross_fraction=0.0).select(view), 0, 0))) == 200
+    )
 
 
 def test_csp_leaves_prompts_within_the_budget_whole():
@@ -231,6 +280,9 @@ def test_two_kv_methods_do_not_compose():
         ("snapkv", {"pooling": "median"}, r"pooling='median'.*avg, max"),
         ("csp", {"cross_fraction": 1.5}, r"cross_fraction=1.5"),
         ("csp", {"bias": -1.0}, r"bias=-1.0"),
+        ("csp", {"ties": "last"}, r"ties='last'.*topk, first"),
+        ("h2o", {"ties": "random"}, r"ties='random'.*topk, first"),
+        ("snapkv", {"ties": "argsort"}, r"ties='argsort'.*topk, first"),
         ("streaming_llm", {"keep": 0}, r"keep=0 "),
     ],
 )

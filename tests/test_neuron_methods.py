@@ -69,6 +69,14 @@ def test_coreinfer_never_keeps_a_neuron_that_nothing_counted():
     counts = torch.tensor([[0, 5, 0, 2, 5, 1], [0, 0, 0, 3, 0, 0]])
     assert most_counted(counts[:1], 3).index.tolist() == [[1, 3, 4]]
     assert most_counted(counts[:1], 6).index.tolist() == [[1, 3, 4, 5]]
+    tied = torch.randint(0, 3, (2, 40), generator=torch.Generator().manual_seed(1))
+    for row in range(2):
+        counted = tied[row].nonzero()[:, 0]
+        official = counted[tied[row][counted].argsort(descending=True)[:9]].sort().values
+        assert most_counted(tied[row : row + 1], 9).index[0].tolist() == official.tolist()
+    lowest = most_counted(tied[:1], 9, "first").index[0]
+    twice, once = ((tied[0] == count).nonzero()[:, 0] for count in (2, 1))
+    assert lowest.tolist() == torch.cat([twice, once])[:9].sort().values.tolist()
     # In a batch, the shorter row repeats a neuron it has.
     assert most_counted(counts, 6).index.tolist() == [[1, 3, 4, 5], [3, 3, 3, 3]]
 
@@ -311,6 +319,7 @@ def test_methods_that_reduce_the_same_thing_are_refused(first, second, what):
     [
         ("coreinfer", {"keep": 2}, r"keep=2 .*fraction"),
         ("coreinfer", {"token_keep": 0}, r"token_keep=0"),
+        ("coreinfer", {"ties": "topk"}, r"ties='topk'.*argsort, first"),
         ("wanda_neurons", {"score": "random"}, r"score='random'.*magnitude"),
         ("random_neurons", {"keep": 40}, r"keep=40 .*fraction"),
         ("random_neurons", {"seed": 2**32}, r"seed=4294967296 .*whole number"),

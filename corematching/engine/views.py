@@ -250,6 +250,10 @@ class KVSignals:
         return self.layout.lengths
 
     @property
+    def visual_counts(self) -> list[int]:
+        return self.layout.visual_counts
+
+    @property
     def source(self) -> Tensor:
         return self.layout.source
 

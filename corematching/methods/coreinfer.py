@@ -10,8 +10,10 @@ from torch import Tensor
 
 from corematching.methods.base import ChooseNeurons, Geometry, Method, Neurons, Stage
 from corematching.methods.core_neurons import layer_range
-from corematching.methods.parameters import check_budget
+from corematching.methods.parameters import check_budget, check_choice
 from corematching.methods.views import FFNView
+
+TIES = ("argsort", "first")
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,13 @@ class CoreInfer(Method):
 
     **Fewer neurons may stay**: a neuron that no token counted is never kept, as in the official code.
 
+    Counts are small integers, and the budget usually cuts through neurons with equal ones. Which of them stay is up to
+    ``torch.argsort`` over the counted neurons, as in the official code: that order is not stable and depends on the
+    machine. ``ties="first"`` prefers the lower index, the same everywhere.
+
     Difference from ``core_neurons`` (CoreMatching's definition): there each token's share is of its *own* positive
-    activations. Differences from the official code: among equal counts the lower index wins (there the order is
-    undefined); any layers may be chosen (there the first must be 6, and the published scripts leave the last ones
-    dense too: ``layers=[6, 26]`` of 32); ``keep=1.0`` keeps everything.
+    activations. Differences from the official code: any layers may be chosen (there the first must be 6, and the
+    published scripts leave the last ones dense too: ``layers=[6, 26]`` of 32); ``keep=1.0`` keeps everything.
 
     Parameters
     ----------
@@ -37,16 +42,20 @@ class CoreInfer(Method):
         Counted share of the average number of positive activations (the official ``token_sparsity``).
     layers
         [first, last] decoder layers, inclusive; None = all.
+    ties
+        "argsort" or "first".
     """
 
     keep: float
     token_keep: float
     layers: tuple[int, int] | None
+    ties: str
     acts_on: ClassVar[frozenset[str]] = frozenset({"neurons"})
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep, fraction_only=True)
         check_budget("token_keep", self.token_keep, fraction_only=True)
+        check_choice("ties", self.ties, TIES)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         return [ChooseNeurons(layer, self.select) for layer in layer_range(self.layers, geometry.depth)]
@@ -55,7 +64,8 @@ class CoreInfer(Method):
         if self.keep == 1:
             return None
         width = view.activations.shape[2]
-        return most_counted(token_counts(view.activations, view.valid, self.token_keep), max(1, int(width * self.keep)))
+        counts = token_counts(view.activations, view.valid, self.token_keep)
+        return most_counted(counts, max(1, int(width * self.keep)), self.ties)
 
 
 def token_counts(activations: Tensor, valid: Tensor, token_keep: float) -> Tensor:
@@ -74,11 +84,14 @@ def token_counts(activations: Tensor, valid: Tensor, token_keep: float) -> Tenso
     return counts.scatter_add(1, largest.indices.flatten(1), counted.flatten(1).long())
 
 
-def most_counted(counts: Tensor, most: int) -> Neurons:
-    """The ``most`` neurons with the highest counts, without those that nothing counted."""
-    order = counts.argsort(dim=1, descending=True, stable=True)[:, :most]
-    counted = counts.gather(1, order) > 0
-    width = max(1, *counted.sum(1).tolist())
-    order, counted = order[:, :width], counted[:, :width]
-    # Rows with fewer repeat their most counted neuron.
-    return Neurons(torch.where(counted, order, order[:, :1]).sort(dim=1).values)
+def most_counted(counts: Tensor, most: int, ties: str = "argsort") -> Neurons:
+    """The ``most`` neurons with the highest counts (long [B, I]), without those that nothing counted."""
+    chosen = []
+    for own in counts:
+        counted = own.nonzero()[:, 0]
+        order = own[counted].argsort(descending=True, stable=ties == "first")[:most]
+        chosen.append(counted[order].sort().values)
+    width = max(1, *map(len, chosen))
+    # Rows with fewer repeat their first neuron; one that counted nothing has to name some.
+    rows = [torch.cat([(own if len(own) else own.new_zeros(1))[:1].expand(width - len(own)), own]) for own in chosen]
+    return Neurons(torch.stack(rows))

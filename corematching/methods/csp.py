@@ -11,16 +11,19 @@ from torch import Tensor
 from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import (
+    TIES,
     asking,
     attention_received,
     check_recent,
     distance_from_end,
     keep_marked,
     kept_counts,
+    marks,
     per_row,
+    ranked,
     recent_counts,
 )
-from corematching.methods.parameters import Budget
+from corematching.methods.parameters import Budget, check_choice
 from corematching.methods.views import KVView
 
 
@@ -31,27 +34,34 @@ class CSP(Method):
     After prefill, in every layer and head, the last ``recent`` positions observe the earlier ones through a softmax
     with one added to its denominator. Attention between positions of the same modality (image-image, text-text) and
     of different ones is summed over the observers separately; each part keeps its own best positions, and the last
-    ``recent`` positions stay.
+    ``recent * bias`` positions stay. What the cache holds then is, in this order, the within-modality part, the
+    cross-modality part and the last positions. Prompts without an image stay whole, as in the official code.
 
     **Deviation by default**: the official code may pick a position in both parts and then stores it twice, which
-    doubles its weight and wastes a row. Here the within-modality part chooses among what the cross part left, so that
-    ``keep`` is met exactly. ``deduplicate=False`` is the official behaviour; both parts' counts are then truncated
-    separately, so one row fewer than ``keep`` may stay.
+    doubles its weight and wastes a row. Here the cross-modality part chooses among what the within-modality part left,
+    so that ``keep`` is met exactly. ``deduplicate=False`` is the official behaviour: both parts' counts are truncated
+    separately, so one row fewer than ``keep`` may stay; and with ``cross_fraction=0`` the official code has a constant,
+    1 position across and 308 within whatever the budget (apparently a leftover), which is followed then.
+
+    Other differences from the official code: key heads shared by several query heads take their mean; a prompt of
+    exactly ``keep`` tokens stays whole (there it still goes through the choice).
 
     Parameters
     ----------
     keep
-        KV rows to keep per layer and head, recent ones included: a count, or a fraction of the tokens that entered
-        the layer. Prompts that are not longer stay whole.
+        KV rows to keep per layer and head, last ones included: a count, or a fraction of the tokens that entered the
+        layer. Prompts that are not longer stay whole.
     recent
-        How many of them are the last positions, which are also the observers (count or fraction, likewise); None =
-        half.
+        How many positions observe, the last ones (count or fraction, likewise); None = half of ``keep``.
     cross_fraction
-        Share of the other kept rows that the cross-modality part chooses (in [0, 1]).
+        Share of the chosen rows that the cross-modality part chooses (in [0, 1]).
     bias
-        Positions among the last ``recent * bias`` cannot be chosen by the two parts.
+        The last ``recent * bias`` positions stay, and what remains of ``keep`` is chosen among the others.
     deduplicate
         False reproduces the official duplicates.
+    ties
+        Which of equal scores wins: as ``torch.topk`` has it, like the official code ("topk"), or the lower position
+        ("first").
     """
 
     keep: Budget
@@ -59,12 +69,14 @@ class CSP(Method):
     cross_fraction: float
     bias: float
     deduplicate: bool
+    ties: str
     acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
 
     def __post_init__(self) -> None:
         check_recent(self.keep, self.recent)
         if not 0 <= self.cross_fraction <= 1:
             raise UserError(f"cross_fraction={self.cross_fraction} is not valid: give a fraction in [0, 1]")
+        check_choice("ties", self.ties, TIES)
         if self.bias < 0:
             raise UserError(f"bias={self.bias} is not valid: give a number >= 0")
 
@@ -72,35 +84,41 @@ class CSP(Method):
         return [AfterPrefill(layer, self.select) for layer in range(geometry.depth)]
 
     def select(self, view: KVView) -> KeepKV | None:
-        totals = kept_counts(view, self.keep)
+        totals = [
+            keep if seen else length
+            for keep, seen, length in zip(kept_counts(view, self.keep), view.visual_counts, view.lengths, strict=True)
+        ]
         if totals == view.lengths:
             return None
         recent = recent_counts(view, totals, self.recent)
-        cross_sums, self_sums = modality_sums(view, asking(view, totals, recent))
+        cross_sums, self_sums = modality_sums(view, asking(view, totals, [max(own, 1) for own in recent]))
         parts = [self.shares(*numbers) for numbers in zip(totals, recent, view.lengths, strict=True)]
-        cross, within, recent, barred = (list(column) for column in zip(*parts, strict=True))
+        within, cross, last = (list(column) for column in zip(*parts, strict=True))
 
-        from_end = distance_from_end(view.valid)
-        candidate = (view.valid & (from_end > per_row(barred, from_end)))[:, None]
-        cross_order, cross_marked = _ranked(cross_sums, candidate, cross)
+        n = view.valid.shape[1]
+        earlier = [range(n - length, n - own) for length, own in zip(view.lengths, last, strict=True)]
+        chosen, own = ranked(self_sums, earlier, within, self.ties)
         if self.deduplicate:
-            candidate = candidate & ~torch.zeros_like(cross_marked).scatter(2, cross_order, cross_marked)
-        self_order, self_marked = _ranked(self_sums, candidate, within)
-        last = ((from_end <= per_row(recent, from_end)) & view.valid)[:, None].expand_as(cross_marked)
-        places = torch.arange(view.valid.shape[1], device=from_end.device).expand_as(cross_order)
-        counts = [sum(part[:3]) for part in parts]
+            cross_sums = cross_sums.masked_fill(marks(chosen, own, n), -torch.inf)
+        across, own_across = ranked(cross_sums, earlier, cross, self.ties)
+        places = torch.arange(n, device=chosen.device).expand(*chosen.shape[:2], n)
+        end = places >= n - per_row(last, chosen)[:, None]
         return keep_marked(
-            torch.cat([cross_marked, self_marked, last], 2), counts, torch.cat([cross_order, self_order, places], 2)
+            torch.cat([own, own_across, end], 2), [sum(part) for part in parts], torch.cat([chosen, across, places], 2)
         )
 
-    def shares(self, total: int, recent: int, length: int) -> tuple[int, int, int, int]:
-        """One sample's counts: chosen across and within modalities, recent, and last positions barred from choice."""
+    def shares(self, total: int, recent: int, length: int) -> tuple[int, int, int]:
+        """One sample's counts: chosen within and across modalities, and last positions that stay."""
         if total == length:
-            return 0, 0, length, 0  # no longer than its budget: stays whole while others in the batch are cut
-        barred = max(int(recent * self.bias), recent if self.deduplicate else 0)
-        heavy = min(total - recent, length - barred)
-        cross = int(heavy * self.cross_fraction)
-        return cross, heavy - cross if self.deduplicate else int(heavy * (1 - self.cross_fraction)), recent, barred
+            return 0, 0, length  # stays whole while others in the batch are cut
+        last = min(total, int(recent * self.bias))
+        heavy, candidates = total - last, length - last
+        if self.deduplicate:
+            cross = int(heavy * self.cross_fraction)
+            return heavy - cross, cross, last
+        if self.cross_fraction == 0:
+            return min(308, candidates), min(1, candidates), last
+        return int(heavy * (1 - self.cross_fraction)), int(heavy * self.cross_fraction), last
 
 
 def modality_sums(view: KVView, recent: list[int]) -> tuple[Tensor, Tensor]:
@@ -112,10 +130,3 @@ def modality_sums(view: KVView, recent: list[int]) -> tuple[Tensor, Tensor]:
     from_visual, from_text = attention_received(view, recent, weights, plus_one=True).unbind(2)
     to_visual = view.visual_mask[:, None]
     return torch.where(to_visual, from_text, from_visual), torch.where(to_visual, from_visual, from_text)
-
-
-def _ranked(scores: Tensor, allowed: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Positions by descending score (long [B, H, n]) and which of them are chosen (bool [B, H, n])."""
-    order = scores.masked_fill(~allowed, -torch.inf).argsort(dim=2, descending=True, stable=True)
-    rank = torch.arange(scores.shape[2], device=scores.device)
-    return order, (rank < per_row(counts, scores))[:, None].expand_as(scores)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import (
+    TIES,
     asking,
     attention_received,
     check_recent,
-    distance_from_end,
     keep_best,
     kept_counts,
-    per_row,
     recent_counts,
 )
-from corematching.methods.parameters import Budget
+from corematching.methods.parameters import Budget, check_choice
 from corematching.methods.views import KVView
 
 
@@ -30,7 +27,8 @@ class H2O(Method):
     last ``recent`` positions and the heaviest of the others. Attention is recomputed a few query rows at a time.
 
     Differences from the official code: it goes on evicting one row per decoded token, here the prompt's cache is cut
-    once and decoded tokens are added; key heads shared by several query heads take their mean.
+    once and decoded tokens are added; key heads shared by several query heads take their mean. Equal sums are told
+    apart as ``torch.topk`` does, as there; ``ties="first"`` prefers the lower position.
 
     Parameters
     ----------
@@ -39,14 +37,18 @@ class H2O(Method):
         the layer. Prompts that are not longer stay whole.
     recent
         How many of them are the last positions (count or fraction, likewise); None = half.
+    ties
+        "topk" or "first".
     """
 
     keep: Budget
     recent: Budget | None
+    ties: str
     acts_on: ClassVar[frozenset[str]] = frozenset({"kv"})
 
     def __post_init__(self) -> None:
         check_recent(self.keep, self.recent)
+        check_choice("ties", self.ties, TIES)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         return [AfterPrefill(layer, self.select) for layer in range(geometry.depth)]
@@ -57,6 +59,4 @@ class H2O(Method):
             return None
         recent = recent_counts(view, counts, self.recent)
         received = attention_received(view, asking(view, counts, view.lengths), view.valid[..., None])[:, :, 0]
-        scores = received.masked_fill(~view.valid[:, None], -torch.inf)
-        last = distance_from_end(view.valid) <= per_row(recent, scores)
-        return keep_best(scores.masked_fill(last[:, None], torch.inf), counts)
+        return keep_best(received, view.lengths, counts, recent, self.ties)

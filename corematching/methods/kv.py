@@ -10,6 +10,8 @@ from corematching.methods.base import KeepKV
 from corematching.methods.parameters import Budget, check_budget, count_of
 from corematching.methods.views import KVView
 
+TIES = ("topk", "first")
+"""Which of equal scores wins: see :func:`ranked`."""
 ROWS_AT_ONCE = 64
 """Query rows whose attention is held at a time."""
 
@@ -91,20 +93,66 @@ def attention_received(view: KVView, rows: list[int], weights: Tensor, plus_one:
     return received
 
 
-def keep_best(scores: Tensor, counts: list[int]) -> KeepKV:
-    """Keep the best-scoring positions of every sample and head, in ascending order.
+def ranked(scores: Tensor, candidates: list[range], counts: list[int], ties: str) -> tuple[Tensor, Tensor]:
+    """The best candidates of every sample and head, best first.
 
     Parameters
     ----------
     scores
-        [B, H, n], -inf on padding. Ties go to the lower position.
+        [B, H, n], higher = keep.
+    candidates
+        Positions to choose from, per sample.
     counts
-        Positions to keep per sample; samples with fewer than others are padded at the front.
+        How many are chosen, per sample; at most as many as there are candidates.
+    ties
+        Which of equal scores wins: as ``torch.topk`` has it on this device ("topk", what official codes call), or the
+        lower position ("first", the same everywhere).
+
+    Returns
+    -------
+    Positions (long [B, H, K], K the largest count) and which of them are a sample's own (bool [B, H, K]).
     """
-    order = scores.argsort(dim=2, descending=True, stable=True)
-    rank = torch.arange(scores.shape[2], device=scores.device)
-    chosen = (rank < per_row(counts, scores)).expand_as(scores[:, 0])[:, None].expand_as(scores)
-    return keep_marked(torch.zeros_like(chosen).scatter(2, order, chosen), counts)
+    chosen = torch.zeros(*scores.shape[:2], max(counts), dtype=torch.long, device=scores.device)
+    for choice in dict.fromkeys(zip(candidates, counts, strict=True)):
+        # Every sample without its padding, as if it ran alone; those of the same shape go together.
+        rows = [row for row, own in enumerate(zip(candidates, counts, strict=True)) if own == choice]
+        span, count = choice
+        part = scores[rows, :, span.start : span.stop]
+        order = (
+            part.topk(count, dim=2).indices
+            if ties == "topk"
+            else part.argsort(dim=2, descending=True, stable=True)[:, :, :count]
+        )
+        chosen[rows, :, :count] = order + span.start
+    own = torch.arange(chosen.shape[2], device=scores.device) < per_row(counts, scores)
+    return chosen, own[:, None].expand_as(chosen)
+
+
+def marks(chosen: Tensor, own: Tensor, length: int) -> Tensor:
+    """Bool [B, H, length]: the positions that :func:`ranked` chose."""
+    counted = torch.zeros(*chosen.shape[:2], length, dtype=torch.int8, device=chosen.device)
+    return counted.scatter_add(2, chosen, own.to(torch.int8)) > 0
+
+
+def keep_best(scores: Tensor, lengths: list[int], counts: list[int], last: list[int], ties: str) -> KeepKV:
+    """Keep the last positions of every sample and the best-scoring earlier ones, in ascending order.
+
+    Parameters
+    ----------
+    scores
+        [B, H, n].
+    lengths
+        Valid positions per sample (padding stands on the left).
+    counts, last
+        Positions to keep per sample, and how many of them are its last ones.
+    ties
+        As in :func:`ranked`.
+    """
+    n = scores.shape[2]
+    earlier = [range(n - length, n - own) for length, own in zip(lengths, last, strict=True)]
+    chosen, own = ranked(scores, earlier, [count - end for count, end in zip(counts, last, strict=True)], ties)
+    recent = torch.arange(n, 0, -1, device=scores.device) <= per_row(last, scores)
+    return keep_marked(marks(chosen, own, n) | recent[:, None], counts)
 
 
 def keep_marked(marked: Tensor, counts: list[int], positions: Tensor | None = None) -> KeepKV:

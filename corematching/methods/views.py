@@ -288,6 +288,11 @@ class KVView(Protocol):
         ...
 
     @property
+    def visual_counts(self) -> list[int]:
+        """Visual tokens per sample, on the host."""
+        ...
+
+    @property
     def source(self) -> Tensor:
         """Long [B, n] index of each token in the original prompt."""
         ...
