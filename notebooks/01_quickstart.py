@@ -10,11 +10,15 @@ IMAGES = 8
 KEEP = 64
 
 # %%
+import warnings
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars may be plain text
+
 import pandas as pd
 
 import corematching as cm
-from corematching.answering.generator import Generator, Question
-from corematching.inspection.evidence import mini_examples
+from corematching.answering.generator import Generator
+from corematching.inspection.evidence import mini_examples, question_of
 
 model, processor = cm.load_model(MODEL)
 examples = mini_examples(images=IMAGES, questions=2)
@@ -49,7 +53,7 @@ print("FFN neurons used in decode:       ", ["all" if used is None else len(used
 
 # %%
 generator = Generator(model, processor)
-questions = [Question(one.question, lambda one=one: [one.image], {"max_new_tokens": 8}) for one in examples]
+questions = [question_of(one, max_new_tokens=8) for one in examples]
 methods = {
     "dense": cm.build_method("dense"),
     "random": cm.build_method("random", keep=KEEP),

@@ -10,10 +10,14 @@ IMAGES = 2
 LAYER = 2  # tokens leave at the input of this layer
 
 # %%
+import warnings
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars may be plain text
+
 import corematching as cm
-from corematching.answering.generator import Generator, Question
+from corematching.answering.generator import Generator
 from corematching.inspection import evidence_figures
-from corematching.inspection.evidence import elbow, matching_evidence, mini_examples
+from corematching.inspection.evidence import about_model, answered, elbow, matching_evidence, mini_examples
 
 model, processor = cm.load_model(MODEL)
 examples = mini_examples(images=IMAGES, questions=2)
@@ -40,16 +44,10 @@ for one, found in zip(examples, evidence):
 # Faded patches are dropped. FastV ranks tokens by attention, core tokens by shared neurons.
 
 # %%
-generator = Generator(model, processor)
-questions = [Question(one.question, lambda one=one: [one.image], {"max_new_tokens": 8}) for one in examples]
 methods = {
     "fastv 64": cm.build_method("fastv", layer=LAYER, keep=64),
     "core 64": cm.build_method("core_tokens", layer=LAYER, threshold="keep", keep=64),
     "core, elbow": cm.build_method("core_tokens", layer=LAYER, threshold="elbow", keep=None),
 }
-kept = {name: generator.answer(questions, method) for name, method in methods.items()}
-rows = [
-    (one, {name: answers[place].trace.visual_tokens[-1].tolist() for name, answers in kept.items()})
-    for place, one in enumerate(examples)
-]
-evidence_figures.core_tokens(rows, evidence[0].grid)
+rows = answered(Generator(model, processor), examples, methods)
+evidence_figures.core_tokens(rows, evidence[0].grid, about_model(model, f"n = {len(rows)} questions"))

@@ -10,6 +10,10 @@ MODEL = "tiny"
 IMAGES = 4
 
 # %%
+import warnings
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars may be plain text
+
 import numpy as np
 import pandas as pd
 

@@ -10,22 +10,27 @@ IMAGES = 12
 KEEPS = [192, 64, 16]
 
 # %%
+import warnings
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars may be plain text
+
 import tempfile
 from pathlib import Path
 
 import pandas as pd
 
 import corematching as cm
+from corematching.answering.generator import Generator
 from corematching.evaluation.cells import Cell
-from corematching.answering.generator import Generator, Question
+from corematching.evaluation.provenance import versions
 from corematching.evaluation.trace_summary import summarise
-from corematching.inspection.evidence import mini_examples
+from corematching.inspection.evidence import mini_examples, question_of
 from corematching.results.store import Store
 
 model, processor = cm.load_model(MODEL)
 generator = Generator(model, processor)
 examples = mini_examples(images=IMAGES, questions=3)
-questions = [Question(one.question, lambda one=one: [one.image], {"max_new_tokens": 8}) for one in examples]
+questions = [question_of(one, max_new_tokens=8) for one in examples]
 store = Store(Path(tempfile.mkdtemp()) / "pareto")
 
 
@@ -71,7 +76,7 @@ def run_cell(name: str, **parameters) -> None:
         "n": len(examples),
         "trace": summarise(answers, model.config),
         "timing": {},
-        "provenance": {},
+        "provenance": {"versions": versions()},
         "error": None,
         "bench": None,
     }
@@ -104,9 +109,16 @@ HTML(to_html(results.tables[0]))
 # ## Figures
 
 # %%
-from corematching.results.figures import accuracy_over_keep, pareto
+from corematching.results.figures import accuracy_over_keep, accuracy_over_tokens, pareto
 
 pareto(results.cells)
+
+# %% [markdown]
+# What a budget costs depends on where tokens leave: FastV and core tokens run the first two layers on all of them. Over
+# what a layer really sees, on average, methods can be compared; over the nominal budget they cannot.
+
+# %%
+accuracy_over_tokens(results.cells)
 
 # %%
 accuracy_over_keep(results.cells)

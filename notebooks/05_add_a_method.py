@@ -11,17 +11,21 @@ IMAGES = 8
 KEEP = 64
 
 # %%
+import warnings
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars may be plain text
+
 from dataclasses import dataclass
 from typing import ClassVar
 
 import corematching as cm
-from corematching.answering.generator import Generator, Question
+from corematching.answering.generator import Generator
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
 from corematching.methods.parameters import check_budget, check_layer
 from corematching.methods.selection import keep_top
 from corematching.methods.views import LayerView
 from corematching.inspection import evidence_figures
-from corematching.inspection.evidence import mini_examples
+from corematching.inspection.evidence import about_model, kept, mini_examples, question_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Distinct(Method):
 model, processor = cm.load_model(MODEL)
 generator = Generator(model, processor)
 examples = mini_examples(images=IMAGES, questions=2)
-questions = [Question(one.question, lambda one=one: [one.image], {"max_new_tokens": 8}) for one in examples]
+questions = [question_of(one, max_new_tokens=8) for one in examples]
 
 answers = {}
 for name, method in {
@@ -82,11 +86,10 @@ assert all(len(answer.trace.visual_tokens[-1]) == KEEP for answer in answers["di
 # What it keeps, on two questions about one image (it does not read the question, so it keeps the same):
 
 # %%
-rows = [
-    (one, {name: answers[name][place].trace.visual_tokens[-1].tolist() for name in ("random", "distinct")})
-    for place, one in enumerate(examples[:2])
-]
-evidence_figures.core_tokens(rows, (24, 24))
+rows = []
+for place, one in enumerate(examples[:2]):
+    rows.append((one, {name: kept(answers[name][place]) for name in ("random", "distinct")}))
+evidence_figures.core_tokens(rows, (24, 24), about_model(model, f"n = {len(rows)} questions"))
 
 # %% [markdown]
 # ## Make it part of the project

@@ -49,9 +49,9 @@ def main() -> int:
 def write_evidence(folder: Path) -> None:
     """The elbow, core tokens on images, and co-activation against cosine, from the bundled model."""
     import corematching as cm
-    from corematching.answering.generator import Generator, Question
+    from corematching.answering.generator import Generator
     from corematching.inspection import evidence_figures
-    from corematching.inspection.evidence import matching_evidence, mini_examples
+    from corematching.inspection.evidence import about_model, answered, matching_evidence, mini_examples
     from corematching.results.figures import save
 
     model, processor = cm.load_model("tiny")
@@ -63,20 +63,15 @@ def write_evidence(folder: Path) -> None:
     save(evidence_figures.matching(found, layers), folder, "matching")
 
     asked = mini_examples(images=2, questions=2)
-    questions = [Question(one.question, lambda one=one: [one.image], {"max_new_tokens": 8}) for one in asked]
     methods = {
         "random": cm.build_method("random", keep=64),
         "fastv": cm.build_method("fastv", keep=64),
         "core tokens": cm.build_method("core_tokens", threshold="keep", keep=64),
         "core tokens, elbow": cm.build_method("core_tokens", threshold="elbow", keep=None),
     }
-    generator = Generator(model, processor)
-    answers = {name: generator.answer(questions, method) for name, method in methods.items()}
-    rows = [
-        (one, {name: given[place].trace.visual_tokens[-1].tolist() for name, given in answers.items()})
-        for place, one in enumerate(asked)
-    ]
-    save(evidence_figures.core_tokens(rows, found[0].grid), folder, "core_tokens")
+    rows = answered(Generator(model, processor), asked, methods)
+    about = about_model(model, "data gqa", f"n = {len(asked)} questions")
+    save(evidence_figures.core_tokens(rows, found[0].grid, about), folder, "core_tokens")
 
 
 def page(aggregation: Aggregation) -> str:
@@ -85,10 +80,11 @@ def page(aggregation: Aggregation) -> str:
     methods = ", ".join(dict.fromkeys(methods_of(group)["method"]))
     figures = {
         "pareto_flops": "Mean share of dense accuracy against FLOPs per question.",
-        "accuracy_over_keep": "Score over the budget with 95 % intervals; the band is dense.",
+        "accuracy_over_tokens": "Score over the visual tokens that a layer really sees; line and band are dense.",
+        "accuracy_over_keep": "The same over the nominal budget.",
         "heat_map": "Score in percent of dense.",
         "layers": "What the traces say per decoder layer.",
-        "core_tokens": "Visual tokens that stay, for two questions on each of two images.",
+        "core_tokens": "Visual tokens that stay and answers given, for two questions on each of two images.",
         "elbow": "Core neurons that each visual token activates, sorted; the dot is where the elbow rule cuts.",
         "matching": "Neurons activated together with the last token against cosine similarity.",
         "time_breakdown": "Prefill and decode time (real width, few layers, random weights: see the panels' titles).",

@@ -313,28 +313,6 @@ def test_wrong_efficiency_settings_take_one_line(tmp_path: Path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_figures_draw_speedups_and_the_byte_limit(tmp_path: Path):
-    pd = pytest.importorskip("pandas")
-    from corematching.results.efficiency_figures import decode_over_neurons, speedup_over_keep, write_efficiency_figures
-
-    setting = {"model": "m", "device": "d", "regime": "resident", "output_tokens": 32, "predicted": False}
-    setting |= {"dense_engine": "compiled", "from_layers": float("nan"), "dtype": "float32", "prompt_tokens": 651}
-    rows = [
-        {"method": "dense", "keep": None, "decode_ms_per_token": 10.0, "decode_gb_per_s": 4.0, "speedup": 1.0},
-        {"method": "fastv", "keep": 64, "decode_ms_per_token": 9.0, "decode_gb_per_s": 4.0, "speedup": 1.4},
-        {"method": "core_neurons", "keep": 0.4, "decode_ms_per_token": 7.0, "decode_gb_per_s": 3.0, "speedup": 1.2},
-    ]
-    data = pd.DataFrame([{**setting, **row, "method_name": row["method"]} for row in rows])
-    data["keep"] = pd.Series([row["keep"] for row in rows], dtype=object)
-    (axes,) = decode_over_neurons(data).axes
-    limit = next(line for line in axes.lines if line.get_label() == "allowed by bytes read")
-    assert list(limit.get_xydata()[0]) == pytest.approx([0.4, 10.0 * 21 / 40])
-    (axes,) = speedup_over_keep(data).axes
-    assert next(line.get_label() for line in axes.lines) == "fastv"
-    assert len(write_efficiency_figures(data, tmp_path)) == 4
-    assert speedup_over_keep(data[data["method"] == "dense"]) is None
-
-
 def test_a_method_that_fails_leaves_a_failed_cell_and_the_others_go_on(tmp_path: Path, capsys, monkeypatch):
     from corematching.efficiency import bench
 

@@ -1,29 +1,36 @@
 """Figures: they show the right numbers, exist when there is something to show, and have deterministic bytes."""
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, IMAGE_TOKENS
+from matplotlib.colors import to_rgb
 from PIL import Image
 from synthetic_store import cell_config, write_accuracy_cell, write_efficiency_cell, write_store
 
 from corematching.answering.conversation import render
 from corematching.evaluation.publishing import publish_run
+from corematching.groups import choices
 from corematching.inspection import evidence_figures, overlays
 from corematching.inspection.evidence import (
     Evidence,
     Example,
+    Kept,
     elbow,
     matching_evidence,
     mini_examples,
     rank_correlation,
 )
-from corematching.results import dashboard, figures
+from corematching.results import dashboard, efficiency_figures, figures
 from corematching.results.accuracy import contexts
 from corematching.results.aggregate import aggregate
+from corematching.results.figures import heat, looks
+from corematching.results.figures.about import About
 from corematching.results.overlays import load
 from corematching.results.publish import publish
 
@@ -49,7 +56,8 @@ def digests(paths):
 def test_publish_writes_every_figure_twice_alike(experiment, tmp_path):
     first, second = (publish([experiment], tmp_path / name, report=False) for name in "ab")
     names = {path.stem for path in first if path.suffix in (".pdf", ".png")}
-    assert names >= {"pareto_flops", "pareto_latency", "accuracy_over_keep", "heat_map", "layers", "time_breakdown"}
+    assert names >= {"pareto_flops", "pareto_latency", "accuracy_over_tokens", "accuracy_over_keep", "heat_map"}
+    assert names >= {"layers", "time_breakdown"}
     assert digests(first) == digests(second)
     assert b"CreationDate" not in (tmp_path / "a" / "figures" / "layers.pdf").read_bytes()
 
@@ -80,7 +88,19 @@ def test_nothing_to_draw_is_none(tmp_path):
     assert figures.pareto(cells) is None
     assert figures.accuracy_over_keep(cells) is None
     assert figures.heat_map(cells) is None
-    assert figures.breakdown(aggregate([folder]).efficiency) is None
+    assert efficiency_figures.efficiency_figures(aggregate([folder]).efficiency) == {}
+
+
+def test_a_heat_map_of_one_benchmark_is_left_out(tmp_path):
+    folder = write_store(tmp_path, methods=("dense", "fastv"), benchmarks=("gqa",), n=20)
+    assert figures.heat_map(aggregate([folder]).cells) is None
+
+
+def test_heat_map_marks_what_its_colours_do_not_reach():
+    share = np.concatenate([np.linspace(80.0, 99.0, 48), [20.0, 140.0]])
+    assert heat.colour_range(share) == (80.0, 100.0)
+    assert heat.colour_range(np.array([np.nan])) == (95.0, 100.0)
+    assert heat.colour_range(np.array([40.0, 60.0])) == (40.0, 60.0)
 
 
 def test_heat_map_shows_holes(tmp_path):
@@ -91,10 +111,59 @@ def test_heat_map_shows_holes(tmp_path):
     assert [text.get_text() for text in figure.axes[0].texts] == ["100", "—"]
 
 
-def test_a_method_has_one_colour_in_all_figures(aggregation):
+def named(*pairs):
+    return pd.DataFrame(pairs, columns=["method", "method_name"])
+
+
+def test_a_look_follows_from_the_name_alone():
+    labels = [(name, name) for name in choices("method")]
+    labels += [(f"{name} (rho={rho})", name) for name in ("corematching", "random") for rho in (0.1, 0.4)]
+    together = looks.styles(named(*labels))
+    alone = {label: looks.styles(named((label, name)))[label] for label, name in labels}
+    assert together == alone
+
+
+def test_looks_are_told_apart_and_controls_are_grey():
+    labels = [(f"mine {i}", "mine") for i in range(30)]
+    look = looks.styles(named(*labels, *((name, name) for name in choices("method"))))
+    assert len({tuple(one.items()) for one in look.values()}) == len(look)
+    assert {look[name]["color"] for name in looks.GREYED} <= set(looks.GREYS)
+    assert look["dense"]["color"] == looks.DENSE
+    assert not {look[f"mine {i}"]["color"] for i in range(30)} & {*looks.GREYS, looks.DENSE}
+    assert set(looks.MARKERS) < set(looks.SYMBOLS)
+
+
+def lightness_and_opponents(colour, blindness):
+    """CIE Lab of a colour as seen with a complete colour-blindness (Machado, Oliveira and Fernandes, 2009)."""
+    channels = np.array(to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(BLINDNESS[blindness]) @ linear, 0, 1)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(np.maximum(to_xyz @ seen / [0.9505, 1, 1.089], 0.008856))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+BLINDNESS = {
+    "none": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_colours_stay_apart_for_colour_blind_readers(blindness):
+    seen = [lightness_and_opponents(colour, blindness) for colour in looks.COLOURS]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 14
+
+
+def test_figures_use_the_one_look(aggregation):
     look = figures.styles(aggregation.cells)
-    assert len({json.dumps(style) for style in look.values()}) == len(look)
-    assert look["random"]["color"] in figures.GREYS
+    for name, figure in figures.all_figures(aggregation.cells, aggregation.efficiency).items():
+        for line in (line for axes in figure.axes for line in axes.lines if line.get_marker() in looks.SYMBOLS):
+            pair = {"color": line.get_color(), "marker": line.get_marker()}
+            assert pair in look.values(), name
+            assert line.get_markerfacecolor() == "none", name
 
 
 def test_shade_fades_only_dropped_patches():
@@ -166,16 +235,23 @@ def test_rank_correlation_of_known_order():
 
 def test_evidence_figures_draw(evidence, tmp_path):
     example = Example(Image.new("RGB", (112, 112)), "What is it?\nAnswer.", "red")
-    rows = [(example, {"fastv": [0, 1], "core": [5]}), (example, {"fastv": [2], "core": []})]
+    rows = [
+        (example, {"fastv": Kept([0, 1], "red"), "core": Kept([5], "blue")}),
+        (example, {"fastv": Kept([2], "Red "), "core": Kept([], "")}),
+    ]
+    about = About("a model", "a model; torch 2")
     made = {
         "elbow": evidence_figures.elbow_curve(evidence, [1, 3]),
         "matching": evidence_figures.matching([evidence, evidence], [1]),
-        "core": evidence_figures.core_tokens(rows, (8, 8)),
+        "core": evidence_figures.core_tokens(rows, (8, 8), about),
     }
     for name, figure in made.items():
         assert all(path.stat().st_size > 2000 for path in figures.save(figure, tmp_path, name))
-    titles = [axes.get_title() or axes.get_title(loc="left") for axes in made["core"].axes]
-    assert titles == ["What is it?", "fastv: 2", "core: 1", "What is it?", "fastv: 1", "core: 0"]
+    titles = [axes.get_title(loc="left").split("\n") for axes in made["core"].axes]
+    assert titles[:3] == [["What is it?", "expected: red"], ["fastv: 2 stay", "✓ red"], ["core: 1 stay", "✗ blue"]]
+    assert titles[3:] == [["What is it?", "expected: red"], ["fastv: 1 stay", "✓ Red"], ["core: 0 stay", "✗ "]]
+    ticks = made["matching"].axes[-1].get_xticks()
+    assert (ticks == ticks.round()).all()
 
 
 def test_mini_examples_are_seeded_test_scenes():

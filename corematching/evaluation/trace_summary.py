@@ -7,6 +7,7 @@ from typing import Any
 from corematching.answering.generator import Answer
 from corematching.cost.flops import CONVENTIONS, flops
 from corematching.engine.trace import SampleTrace
+from corematching.models.families import family_of
 
 
 class NothingHappened(RuntimeError):
@@ -38,6 +39,7 @@ def summarise(answers: Sequence[Answer], model_config: Any) -> dict[str, Any]:
         "visual_tokens_per_layer": _mean([trace.average_visual_tokens for trace in traces]),
         "visual_tokens_by_layer": _means([[len(layer) for layer in trace.visual_tokens] for trace in traces]),
         "neurons_by_layer": _neurons(traces),
+        "ffn_width": family_of(model_config).geometry(model_config).ffn_width,
         "kv_bytes": _mean([trace.kv_bytes for trace in traces]),
         "dense_kv_bytes": _mean([trace.dense_kv_bytes for trace in traces]),
         "generated_tokens": _mean([answer.tokens for answer in answers]),

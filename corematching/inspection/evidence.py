@@ -7,8 +7,12 @@ changed. The figures drawn from them are in :mod:`corematching.inspection.eviden
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +20,13 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
+import corematching.models
 from corematching.answering.conversation import prepare_images, render
+from corematching.answering.generator import Answer, Question
 from corematching.methods.core import coactivation_counts, core_neurons, match_counts
 from corematching.models.families import family_of
+from corematching.results.figures.about import NAMED, About, about_versions
+from corematching.results.tables import MINI_BANNER
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
@@ -53,12 +61,38 @@ class Evidence:
         prompt; cosine between its FFN input and the last token's.
     grid : tuple of int
         Rows and columns of visual tokens.
+    question : str
+        Its first line.
+    about : corematching.results.figures.about.About
+        What figures of it carry.
     """
 
     match: np.ndarray
     coactivation: np.ndarray
     cosine: np.ndarray
     grid: tuple[int, int]
+    question: str = ""
+    about: About = field(default=About("", ""))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one method left of a question's visual tokens (original indices), and what the model answered then."""
+
+    tokens: Sequence[int]
+    answer: str = ""
+
+
+def about_model(model: Any, *facts: str) -> About:
+    """What figures of this model carry: its name and type, what else is said, and the versions at work here."""
+    folder = Path(model.config._name_or_path or type(model).__name__)
+    versions = {}
+    for package in NAMED:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    bundled = folder.is_relative_to(Path(corematching.models.__file__).parent)
+    name = f"{folder.name} ({str(model.dtype).removeprefix('torch.')})"
+    return about_versions([name, *facts], versions, MINI_BANNER if bundled else "")
 
 
 def mini_examples(images: int = 3, questions: int = 2, seed: int = 0) -> list[Example]:
@@ -108,7 +142,41 @@ def matching_evidence(model: Any, processor: Any, example: Example, rho: float =
     width = family.geometry(model.config).ffn_width
     rows = [_layer(x, a, visual, rho, round(beta * width)) for x, a in zip(entered, activated, strict=True)]
     match, coactivation, cosine = (np.stack(values) for values in zip(*rows, strict=True))
-    return Evidence(match, coactivation, cosine, family.grid(model.config))
+    about = about_model(model, f"data {example.benchmark}")
+    grid = family.grid(model.config)
+    return Evidence(match, coactivation, cosine, grid, example.question.partition("\n")[0], about)
+
+
+def answered(
+    generator: Any, examples: Sequence[Example], methods: Mapping[str, Any]
+) -> list[tuple[Example, dict[str, Kept]]]:
+    """Ask every question under every method: what stays in the last decoder layer, and the answer.
+
+    Parameters
+    ----------
+    generator : corematching.answering.generator.Generator
+    examples
+        The questions.
+    methods
+        Methods by the name they are shown under.
+    """
+    asked = [question_of(one, max_new_tokens=8) for one in examples]
+    found = {name: generator.answer(asked, method) for name, method in methods.items()}
+    return [(one, {name: kept(given[place]) for name, given in found.items()}) for place, one in enumerate(examples)]
+
+
+def kept(answer: Answer) -> Kept:
+    """What stayed in the last decoder layer, and the answer."""
+    return Kept(answer.trace.visual_tokens[-1].tolist(), answer.text)
+
+
+def question_of(example: Example, max_new_tokens: int) -> Question:
+    """An example as a generator is asked it."""
+    return Question(example.question, partial(_pictures, example), {"max_new_tokens": max_new_tokens})
+
+
+def _pictures(example: Example) -> list[Any]:
+    return [example.image]
 
 
 def _layer(hidden: torch.Tensor, activations: torch.Tensor, visual: torch.Tensor, rho: float, count: int):

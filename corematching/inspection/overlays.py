@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from corematching import files
-from corematching.answering.generator import Generator, Question
+from corematching.answering.generator import Generator
 from corematching.benchmarks.data import load_source
 from corematching.benchmarks.spec import ROW, load_benchmark
 from corematching.benchmarks.tasks import build_tasks
 from corematching.errors import UserError
-from corematching.inspection.evidence import Example
+from corematching.inspection.evidence import Example, question_of
 from corematching.models.families import family_of
 from corematching.results.accuracy import benchmark_order, contexts, methods_of
+from corematching.results.figures.about import is_bundled
 from corematching.results.overlays import FILE, SCHEMA
 from corematching.results.tables import budget
 
@@ -74,7 +74,7 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
     # First what names the images: a recording that is cut off then leaves nothing that could be shown wrongly.
     for leftover in (folder / FILE, *folder.glob("*.png")):
         leftover.unlink(missing_ok=True)
-    asked = [Question(one.question, partial(_pictures, one), {"max_new_tokens": 16}) for one in examples]
+    asked = [question_of(one, max_new_tokens=16) for one in examples]
     entries: list[dict[str, Any]] = []
     for place, one in enumerate(examples):
         first = next(index for index, other in enumerate(examples) if other.image == one.image)
@@ -131,11 +131,6 @@ def record_experiment(cells: pd.DataFrame, folder: Path, images: int) -> Path:
     return record(generator, variants_of(methods_of(group).to_dict("records")), examples, folder)
 
 
-def is_bundled(model: Mapping[str, Any]) -> bool:
-    """Whether a cell's model config names weights inside this package."""
-    return str(model["path"]).startswith("packaged:") and model["weights"] == "pretrained"
-
-
 def uses_bundled_model(cells: pd.DataFrame) -> bool:
     """Whether all finished cells are of a bundled model (and there are any)."""
     done = cells.loc[cells["status"] == "done", "model_config"]
@@ -160,10 +155,6 @@ def stored_examples(cell: pd.Series, count: int) -> list[Example]:
         for row in chosen.itertuples()
         for doc in [docs[row.doc_id]]
     ]
-
-
-def _pictures(example: Example) -> list[Any]:
-    return [example.image]
 
 
 def _stages(by_layer: Sequence[Any]) -> list[dict[str, Any]]:

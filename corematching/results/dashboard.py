@@ -13,6 +13,7 @@ from PIL import Image
 from corematching.benchmarks.spec import load_benchmark
 from corematching.results.accuracy import benchmark_order, contexts
 from corematching.results.aggregate import Aggregation
+from corematching.results.efficiency_figures import efficiency_figures
 from corematching.results.figures import all_figures, pareto_points, png
 from corematching.results.tables import budget
 
@@ -39,6 +40,8 @@ def media(aggregation: Aggregation) -> dict[str, Any]:
         made[PARETO + suffix] = wandb.Table(dataframe=pareto_frame(group, aggregation.efficiency))
         for name, figure in all_figures(group, aggregation.efficiency).items():
             made[f"figures/{name}{suffix}"] = wandb.Image(Image.open(BytesIO(png(figure))))
+    for name, figure in efficiency_figures(aggregation.efficiency).items():
+        made[f"figures/{name}"] = wandb.Image(Image.open(BytesIO(png(figure))))
     made["samples"] = wandb.Table(dataframe=sample_frame(aggregation))
     return made
 

@@ -70,6 +70,7 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         *(f"{name}_iqr" for name in TIMES),
     ]
     names = ["id", "folder", "model", "method", "method_name", "keep", "dtype", "hardware", "finished", "flops_total"]
+    names += ["model_config", "versions", "git_commit"]
     rows = chosen[names].reset_index(drop=True)
     for name in fields:
         rows[name] = pd.Series([bench.get(name) for bench in chosen["bench"]], index=rows.index, dtype=object)

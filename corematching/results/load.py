@@ -48,6 +48,7 @@ TRACE = (
     "kv_bytes",
     "dense_kv_bytes",
     "generated_tokens",
+    "ffn_width",
 )
 NUMBERS = (
     *("limit", "seed", "n", "value", "scale", "seconds", "model_seconds"),

@@ -23,6 +23,7 @@ from corematching import files
 from corematching.results import overlays
 from corematching.results.accuracy import benchmark_order, contexts, methods_of, title
 from corematching.results.aggregate import Aggregation
+from corematching.results.efficiency_figures import efficiency_figures
 from corematching.results.figures import all_figures, pareto_points, png, styles
 from corematching.results.render import to_html
 from corematching.results.tables import FLOPS_UNITS, MINI_BANNER, budget, unit_scale
