@@ -17,8 +17,9 @@ from synthetic_store import (
 
 from corematching.errors import UserError
 from corematching.results.aggregate import aggregate
-from corematching.results.compare import compare, select
+from corematching.results.compare import compare
 from corematching.results.load import StoreWarning, keep_order, load_results
+from corematching.results.selection import select
 from corematching.results.store import Store
 
 
@@ -155,16 +156,34 @@ def test_the_newest_of_equal_rows_is_shown(tmp_path):
     write_cell(tmp_path / "e", failed)
     cells, notes = select(load_results([tmp_path / "e"]).cells)
     assert cells["value"].tolist() == [60.0]
-    assert notes == ["3 cells repeat others but for seed or settings; the one finished last is shown."]
+    assert notes == ["3 cells repeat others but for seed (0, 1, 2, 3); of each, the one finished last is shown."]
 
 
-def test_the_larger_question_set_is_shown(tmp_path):
+def test_each_number_of_questions_gets_a_table(tmp_path):
     for n in (10, 50):
         for method, keep in (("dense", None), ("fastv", 64)):
             write_accuracy_cell(tmp_path / "e", cell_config(method, keep, "gqa", n), np.linspace(0, 1, n))
+    write_accuracy_cell(tmp_path / "e", cell_config("dense", None, "pope", 50), np.linspace(0, 1, 50))
+    tables = {table.name: table for table in aggregate([tmp_path / "e"]).tables}
+    assert set(tables) == {"accuracy_n10", "accuracy_n50"}
+    assert "n = 10 questions" in tables["accuracy_n10"].caption
+    assert [column.title for column in tables["accuracy_n50"].columns][4:-1] == ["GQA", "POPE"]
+
+
+def test_one_table_if_only_benchmarks_differ_in_their_number_of_questions(tmp_path):
+    for benchmark, n in (("gqa", 10), ("pope", 50)):
+        write_accuracy_cell(tmp_path / "e", cell_config("dense", None, benchmark, n), np.linspace(0, 1, n))
+    assert [table.name for table in aggregate([tmp_path / "e"]).tables] == ["accuracy"]
+
+
+def test_of_two_data_versions_one_is_shown_and_the_other_named(tmp_path):
+    for version, n in (("old", 10), ("new", 50)):
+        config = cell_config("dense", None, "gqa", 50)
+        config["benchmark"]["version"] = version
+        write_accuracy_cell(tmp_path / "e", config, np.linspace(0, 1, n))
     cells, notes = select(load_results([tmp_path / "e"]).cells)
-    assert cells["n"].tolist() == [50, 50]
-    assert "2 cells on other or fewer questions" in notes[0]
+    assert cells["n"].tolist() == [50]
+    assert "version new, n = 50" in notes[0]
 
 
 def test_one_label_with_two_parameter_sets_becomes_two_rows(tmp_path):
@@ -184,7 +203,7 @@ def test_cells_are_paired_by_question_not_by_position(tmp_path):
     results = load_results([folder])
     row = compare(results, select(results.cells)[0]).set_index("method").loc["fastv"]
     assert (row["only_method"], row["only_dense"], row["difference"], row["p"]) == (0, 0, 0, 1)
-    assert row["tie"]
+    assert row["mark"] == ""  # six questions can tell nothing, so nothing is marked
 
 
 def test_other_questions_are_not_paired(tmp_path):

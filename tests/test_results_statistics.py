@@ -1,28 +1,24 @@
-"""The statistics against hand-computed cases, scipy, statsmodels and simulation."""
+"""The statistics against hand-computed cases, scipy and statsmodels."""
 
-import math
+import itertools
 
 import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
+from corematching.results import intervals
+from corematching.results.compare import marks
 from corematching.results.estimators import FALLBACK, Questions, choose
-from corematching.results.statistics import (
-    Ratio,
-    bootstrap,
-    detectable_difference,
-    estimate,
-    holm,
-    interval,
-    mcnemar,
-    resample,
-)
+from corematching.results.power import largest_minority, rejection, smallest_drop
+from corematching.results.statistics import Ratio, estimate, holm, mcnemar, sign_flip
 
 
-def mean_of(scores: np.ndarray) -> tuple[Ratio, ...]:
-    return (Ratio(scores, np.ones((len(scores), 1)), 100.0),)
+def mean_of(scores: np.ndarray, each: int = 1) -> tuple[Ratio, ...]:
+    """The mean in percent, from units' sums of ``each`` questions."""
+    return (Ratio(scores, np.full((len(scores), 1), float(each)), 100.0),)
 
 
 def questions(scores, part=None, unit=None, names=("",), positive=None) -> Questions:
@@ -56,70 +52,106 @@ def test_holm_agrees_with_statsmodels():
     assert len(holm(np.array([]))) == 0
 
 
-def test_detectable_difference_is_the_textbook_factor():
-    assert detectable_difference(np.array([1.0]))[0] == pytest.approx(1.959964 + 0.841621, abs=1e-5)
+def test_one_coin_per_unit_by_enumeration():
+    changes = np.random.default_rng(0).integers(-3, 4, (9, 20))
+    signs = np.array(list(itertools.product((-1, 1), repeat=9)))
+    expected = (np.abs(signs @ np.abs(changes)) >= np.abs(changes.sum(axis=0))).mean(axis=0)
+    np.testing.assert_allclose(sign_flip(changes), expected)
 
 
-def test_resampling_keeps_stratum_sizes_and_seed():
-    strata = np.array([0, 1, 0, 1, 1])
-    weights = np.concatenate(list(resample(strata, draws=200, seed=3)))
-    assert weights.shape == (200, 5)
-    assert (weights[:, strata == 0].sum(axis=1) == 2).all()
-    assert (weights[:, strata == 1].sum(axis=1) == 3).all()
-    np.testing.assert_array_equal(weights, np.concatenate(list(resample(strata, draws=200, seed=3))))
-    assert not np.array_equal(weights, np.concatenate(list(resample(strata, draws=200, seed=4))))
+def test_one_coin_per_unit_is_mcnemar_for_single_questions():
+    changes = np.random.default_rng(1).integers(-1, 2, (50, 30))
+    np.testing.assert_allclose(sign_flip(changes), mcnemar((changes > 0).sum(axis=0), (changes < 0).sum(axis=0)))
 
 
-def test_resampling_in_blocks_has_the_right_number_of_draws(monkeypatch):
-    monkeypatch.setattr("corematching.results.statistics.BLOCK", 70)
-    blocks = list(resample(np.zeros(10, dtype=int), draws=25))
-    assert [len(block) for block in blocks] == [7, 7, 7, 4]
-    assert all((block.sum(axis=1) == 10).all() for block in blocks)
+def test_duplicated_answers_add_no_significance():
+    """Ten lost questions on five images are worth five."""
+    lost = np.zeros((30, 1), dtype=int)
+    lost[:5] = -2
+    assert sign_flip(lost)[0] == pytest.approx(2 * 0.5**5)
 
 
-def test_interval_agrees_with_scipy_bootstrap():
-    scores = (np.random.default_rng(1).random(300) < 0.7).astype(float)
-    low, high = interval(bootstrap(mean_of(scores[:, None]), np.zeros(300, dtype=int), draws=4000))
-    theirs = stats.bootstrap((scores,), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
-    assert low[0] == pytest.approx(100 * theirs.low, abs=0.8)
-    assert high[0] == pytest.approx(100 * theirs.high, abs=0.8)
+def test_power_at_sixty_questions_and_eighteen_rows():
+    assert 100 * smallest_drop(60, 18) == pytest.approx(20.2, abs=0.05)
+    assert 100 * smallest_drop(60, 1) == pytest.approx(12.9, abs=0.05)
+    assert np.isnan(smallest_drop(6, 18))  # losing all six answers has p = 0.03, times 18
 
 
-def test_identical_runs_have_a_difference_of_exactly_zero():
-    scores = np.repeat((np.random.default_rng(2).random(80) < 0.6).astype(float)[:, None], 2, axis=1)
-    replicates = bootstrap(mean_of(scores), np.zeros(80, dtype=int), draws=200)
-    assert (replicates[:, 0] == replicates[:, 1]).all()
+@pytest.mark.parametrize(("n", "rows", "gained"), [(60, 18, 0.0), (300, 6, 0.03), (1000, 40, 0.1), (9000, 20, 0.01)])
+def test_the_smallest_drop_is_found_with_the_power_claimed(n, rows, gained):
+    drop = smallest_drop(n, rows, gained)
+    assert rejection(n, drop + gained, gained, rows) == pytest.approx(0.8, abs=0.02)
+    assert rejection(n, 0.8 * drop + gained, gained, rows) < 0.8
 
 
-def test_clusters_widen_the_interval():
-    """Twenty images with ten equal answers each carry the information of twenty questions, not two hundred."""
-    answers = np.repeat((np.random.default_rng(3).random(20) < 0.5).astype(float), 10)
-    clustered = questions(answers, unit=np.repeat(np.arange(20), 10))
-    alone = questions(answers)
-    widths = []
-    for held in (clustered, alone):
-        estimator = choose(held, np.array([100 * answers.mean()]))
-        low, high = interval(bootstrap(estimator.ratios, estimator.strata, draws=1000))
-        widths.append(float(high[0] - low[0]))
-    assert widths[0] / widths[1] == pytest.approx(math.sqrt(10), rel=0.25)
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 18, 1e-6])
+def test_the_largest_minority_is_the_tests_own_limit(alpha):
+    for disagreements in (1, 5, 6, 10, 33, 120, 3001):
+        minority = np.arange(disagreements // 2 + 1)
+        significant = minority[mcnemar(minority, disagreements - minority) <= alpha]
+        expected = significant.max() if len(significant) else -1
+        assert largest_minority(np.array([disagreements]), alpha)[0] == expected
 
 
-def test_coverage_of_the_paired_interval():
-    """Of 400 simulated comparisons, clustered in pairs, 90-98 % of the nominal 95 % intervals hold the truth."""
-    rng = np.random.default_rng(4)
-    simulations, units, each = 400, 60, 2
-    skill_dense, skill_method = 0.8, 0.7
-    difficulty = np.repeat(rng.random((units, simulations)), each, axis=0)
-    own = rng.random((units * each, simulations))
-    draw = np.where(rng.random(own.shape) < 0.5, difficulty, own)
-    dense, method = (draw < skill_dense).astype(float), (draw < skill_method).astype(float)
-    held = questions(np.concatenate([dense, method], axis=1), unit=np.repeat(np.arange(units), each))
-    ratios = (Ratio(held.by_unit(held.scores), np.full((units, 1), float(each)), 1.0),)
-    replicates = bootstrap(ratios, np.zeros(units, dtype=int), draws=600)
-    low, high = interval(replicates[:, simulations:] - replicates[:, :simulations])
-    truth = skill_method - skill_dense
-    covered = float(((low <= truth) & (truth <= high)).mean())
-    assert 0.90 <= covered <= 0.98, covered
+def test_marks_tell_a_tie_from_a_loss_that_the_correction_hides():
+    p, corrected = np.array([0.2, 0.004, 0.004, 0.0001, 0.004]), np.array([1, 0.07, 0.07, 0.0018, 0.07])
+    said = marks(p, corrected, np.array([-5.0, -15.0, 15.0, -30.0, 0.0]), detectable=20.2)
+    assert said.tolist() == ["tie", "lower", "higher", "", "tie"]
+    assert set(marks(p, corrected, np.ones(5), detectable=float("nan"))) == {""}
+    assert set(marks(p, corrected, np.ones(5), detectable=72.0)) == {""}
+
+
+@pytest.mark.parametrize("right", [0, 1, 30, 59, 60])
+def test_without_clusters_the_interval_is_clopper_and_pearsons(right):
+    scores = (np.arange(60) < right).astype(float)[:, None]
+    low, high = intervals.single(mean_of(scores))
+    assert (low[0] / 100, high[0] / 100) == pytest.approx(proportion_confint(right, 60, method="beta"))
+
+
+def test_at_the_extremes_one_limit_is_the_extreme():
+    low, high = intervals.single(mean_of(np.array([[1.0, 0.0]] * 60)))
+    assert high[0] == 100
+    assert low[1] == 0
+    assert low[0] == pytest.approx(100 * 0.025 ** (1 / 60)) == pytest.approx(100 - high[1])
+
+
+def test_units_whose_questions_stand_or_fall_together_count_once():
+    """Thirty images with two equal answers each carry the information of thirty questions; unequal ones of more."""
+    answers = (np.arange(30) < 24).astype(float)[:, None]
+    mixed = np.repeat([2.0, 1.0], [18, 12])[:, None]
+    low, high = intervals.single(mean_of(2 * answers, each=2))
+    expected = proportion_confint(24, 30, method="beta")
+    assert (low[0] / 100, high[0] / 100) == pytest.approx(expected, abs=0.02)
+    tighter_low, tighter_high = intervals.single(mean_of(mixed, each=2))
+    assert tighter_high[0] - tighter_low[0] < 0.8 * (high[0] - low[0])
+
+
+def test_an_interval_of_a_difference_excludes_zero_where_many_are_lost_and_is_mirrored():
+    dense = np.repeat([1.0, 0.0], [50, 10])
+    worse = dense.copy()
+    worse[:12] = 0
+    low, high = intervals.paired(mean_of(np.column_stack([dense, worse, dense])))
+    assert -35 < low[1] < -20 < high[1] < -5
+    assert low[2] < 0 < high[2]  # no change seen: the interval has a width, and is the same on both sides
+    assert low[2] == pytest.approx(-high[2])
+    back_low, back_high = intervals.paired(mean_of(np.column_stack([worse, dense])))
+    assert (back_low[1], back_high[1]) == pytest.approx((-high[1], -low[1]))
+
+
+def test_the_interval_of_f1_differences_lies_around_the_difference():
+    rng = np.random.default_rng(5)
+    positive = np.arange(200) % 2 == 0
+    answers = (rng.random((200, 2)) < [0.9, 0.7]).astype(float)
+    held = questions(answers, positive=positive)
+    f1 = [
+        100 * 2 * h / (2 * h + e)
+        for h, e in zip((answers * positive[:, None]).sum(0), (1 - answers).sum(0), strict=True)
+    ]
+    estimator = choose(held, np.array(f1))
+    assert estimator.name == "F1 over subsets"
+    low, high = intervals.paired(estimator.ratios)
+    assert low[1] < f1[1] - f1[0] < high[1]
+    assert high[1] - low[1] < 30
 
 
 @pytest.mark.parametrize(
@@ -148,13 +180,6 @@ def test_mme_perception_leaves_cognition_out():
     held = questions(scores, [0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, 2], ("existence", "code_reasoning"))
     estimator = choose(held, np.array([200.0]))
     assert estimator.name == "accuracy + pair accuracy, perception"
-    # Units nest in subtasks, so each subtask is resampled to its own size.
-    np.testing.assert_array_equal(estimator.strata, [0, 1, 1])
-
-
-def test_an_image_in_several_subsets_is_one_cluster():
-    held = questions([1, 0, 1, 1], part=[0, 0, 1, 1], unit=[0, 1, 0, 1], names=("random", "popular"))
-    np.testing.assert_array_equal(held.strata(), [0, 0])
 
 
 def test_an_estimator_must_fit_every_cell():

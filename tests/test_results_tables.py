@@ -120,10 +120,22 @@ def test_caption_states_model_data_n_and_conventions(aggregation):
 
 def test_power_note_names_every_benchmark(aggregation):
     (note,) = [note for note in table_named(aggregation, "accuracy").notes if "80 % power" in note]
-    assert re.search(r"GQA \d+\.\d, TextVQA \d+\.\d, POPE \d+\.\d", note)
+    assert "corrected over 6 rows" in note
+    figure = r"\d+\.\d( \(\d+\.\d\))?"
+    assert re.search(f"GQA {figure}, TextVQA {figure}, POPE {figure}", note)
 
 
-def test_ties_are_marked(tmp_path):
+def test_power_is_that_of_the_rule_used(tmp_path):
+    dense = np.ones(60)
+    write_scores(tmp_path / "e", "dense", None, "gqa", dense)
+    for keep in range(1, 19):
+        write_scores(tmp_path / "e", "fastv", keep, "gqa", dense)
+    (note,) = [note for note in table_named(aggregate([tmp_path / "e"]), "accuracy").notes if "80 % power" in note]
+    assert "over 18 rows" in note
+    assert note.endswith("GQA 20.2.")
+
+
+def test_marks_of_doubt(tmp_path):
     rng = np.random.default_rng(0)
     dense = (rng.random(100) < 0.8).astype(float)
     near, far = dense.copy(), dense.copy()
@@ -132,10 +144,120 @@ def test_ties_are_marked(tmp_path):
     for method, keep, scores in (("dense", None, dense), ("fastv", 64, near), ("random", 64, far)):
         write_scores(tmp_path / "e", method, keep, "gqa", scores)
     table = table_named(aggregate([tmp_path / "e"]), "accuracy")
-    assert entry_of(table, "GQA", "fastv", "64").tie
-    assert not entry_of(table, "GQA", "random", "64").tie
-    assert not entry_of(table, "GQA", "dense", "all").tie
+    assert entry_of(table, "GQA", "fastv", "64").doubt == "tie"
+    assert entry_of(table, "GQA", "random", "64").doubt == ""
+    assert entry_of(table, "GQA", "dense", "all").doubt == ""
     assert "McNemar" in entry_of(table, "GQA", "random", "64").detail
+    assert "≈: not told apart from dense" in table.caption
+    assert "≲" not in table.caption
+
+
+@pytest.fixture
+def doubtful(tmp_path):
+    """Sixty questions and 18 rows: one loses nine answers, one gains nine, the others change nothing."""
+    dense = np.repeat([1.0, 0.0], [40, 20])
+    write_scores(tmp_path / "e", "dense", None, "gqa", dense)
+    for keep in range(1, 19):
+        scores = dense.copy()
+        if keep == 18:
+            scores[:9] = 0
+        if keep == 17:
+            scores[40:49] = 1
+        write_scores(tmp_path / "e", "fastv", keep, "gqa", scores)
+    return table_named(aggregate([tmp_path / "e"]), "accuracy")
+
+
+def test_a_loss_that_only_the_correction_hides_is_no_tie(doubtful):
+    entries = {keep: entry_of(doubtful, "GQA", "fastv", str(keep)) for keep in (16, 17, 18)}
+    assert {keep: entry.doubt for keep, entry in entries.items()} == {16: "tie", 17: "higher", 18: "lower"}
+
+
+def test_every_format_shows_marks_and_says_what_they_mean(doubtful):
+    for suffix, symbols in {"md": "≈≲≳", "html": "≈≲≳", "tex": (r"$\approx$", r"$\lesssim$", r"$\gtrsim$")}.items():
+        text = render.FORMATS[suffix](doubtful)
+        for symbol in symbols:
+            assert f"{symbol}: " in text  # the legend
+            assert text.count(symbol) > 1
+    assert "GQA: lower than dense, but not after correction" in render.to_csv(doubtful)
+
+
+def test_with_too_few_questions_nothing_is_marked_and_that_is_said(tmp_path):
+    write_scores(tmp_path / "e", "dense", None, "pope", [1, 1, 1, 1, 1, 1])
+    for keep in (32, 64):
+        write_scores(tmp_path / "e", "fastv", keep, "pope", [1, 1, 1, 1, 1, 0])
+    table = table_named(aggregate([tmp_path / "e"]), "accuracy")
+    assert entry_of(table, "POPE", "fastv", "32").doubt == ""
+    assert any(note.startswith("Too few questions to tell any row from dense: POPE (n = 6)") for note in table.notes)
+    assert not any("80 % power" in note for note in table.notes)
+    assert not any(re.search(r"\b0\.0", note) for note in table.notes)
+
+
+def test_where_everything_is_right_the_limit_is_one_sided(tmp_path):
+    write_scores(tmp_path / "e", "dense", None, "gqa", np.ones(60))
+    for keep in (32, 64):
+        write_scores(tmp_path / "e", "fastv", keep, "gqa", np.ones(60))
+    tables = aggregate([tmp_path / "e"]).tables
+    entry = entry_of(table_named(aggregate([tmp_path / "e"]), "scaling"), "64", "GQA", "fastv")
+    assert (entry.text, entry.spread) == ("100.0", " (≥ 94.0)")  # 0.025 ** (1 / 60)
+    assert "95 % interval ≥ 94.0" in entry.detail
+    assert any("GQA 100.0 means ≥ 94.0 (n = 60)" in note for note in tables[0].notes)
+
+
+def test_a_metric_from_a_part_of_its_subtasks_is_marked_and_left_out_of_means(tmp_path):
+    for method, keep, right in (("dense", None, 1.0), ("fastv", 64, 0.0)):
+        write_scores(tmp_path / "e", method, keep, "gqa", [1, 1, 1, right])
+        scores = np.array([1.0, 1, 1, 1 - right])
+        record = cell_record(cell_config(method, keep, "mme", 4), value=100 * float(scores.mean()), n=4)
+        write_cell(tmp_path / "e", record, samples_table(scores, parts=("existence", "count")))
+    table = table_named(aggregate([tmp_path / "e"]), "accuracy")
+    assert entry_of(table, "MME", "fastv", "64").spread == " †"
+    assert entry_of(table, "% of dense", "fastv", "64").text == "75.0"
+    assert "computed from 2 of 14 subtasks" in " ".join(table.notes)
+    for show in (render.to_markdown, render.to_html):
+        assert "†: from a part of its subtasks" in show(table)
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """The random control with three seeds, and two methods: one as good as its mean, one better."""
+    dense = np.ones(100)
+    write_scores(tmp_path / "e", "dense", None, "gqa", dense)
+    for seed, right in ((0, 50), (1, 54), (2, 58)):
+        write_scores(tmp_path / "e", "random", 64, "gqa", np.arange(100) < right, seed=seed)
+    write_scores(tmp_path / "e", "fastv", 64, "gqa", np.arange(100) < 54)
+    write_scores(tmp_path / "e", "corematching", 64, "gqa", np.arange(100) < 80)
+    return aggregate([tmp_path / "e"])
+
+
+def test_cells_that_differ_only_in_the_methods_seed_are_one_row(seeds):
+    table = table_named(seeds, "accuracy")
+    entry = entry_of(table, "GQA", "random", "64")
+    assert (entry.text, entry.spread) == ("54.0", " ± 4.0")
+    assert [row.entries[0].text for row in table.rows].count("random") == 1
+    assert any("random 3 seeds" in note for note in table.notes)
+    row = seeds.cells.set_index("method").loc["random"]
+    alone = seeds.cells.set_index("method").loc["fastv"]  # the same score, one cell
+    assert row["low"] < alone["low"]
+    assert row["high"] > alone["high"]
+    for show in render.FORMATS.values():
+        assert "4.0" in show(table)
+
+
+def test_methods_are_compared_with_the_control_of_as_many_tokens(seeds):
+    cells = seeds.cells.set_index("method")
+    assert cells.loc["fastv", "control"] == "random"
+    assert cells.loc["fastv", "control_difference"] == pytest.approx(0)
+    assert cells.loc["corematching", "control_difference"] == pytest.approx(26)
+    assert cells.loc["corematching", "control_low"] > 0
+    (note,) = [note for note in table_named(seeds, "accuracy").notes if "random control" in note]
+    assert note.endswith("): fastv 64.")
+
+
+def test_seeds_under_labels_of_their_own_are_one_row(tmp_path):
+    for seed in (0, 1):
+        write_scores(tmp_path / "e", "random", 64, "gqa", [1, seed], seed=seed, label=f"random (seed {seed})")
+    (cell,) = aggregate([tmp_path / "e"]).cells.to_dict("records")
+    assert (cell["method"], cell["value"], cell["seeds"]) == ("random", 75.0, 2)
 
 
 def simple(*texts, better="higher", block="b"):
@@ -182,7 +304,7 @@ def texts_in(suffix, text):
     if suffix == "md":
         lines = [line for line in text.splitlines() if line.startswith("|")][2:]
         rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
-        cleaned = [[re.sub(r"<sup>\d+</sup>|\*\*|</?u>| ≈", "", field) for field in row] for row in rows]
+        cleaned = [[re.sub(r"<sup>\d+</sup>|\*\*|</?u>| [≈≲≳]", "", field) for field in row] for row in rows]
         return [[html.unescape(re.sub(r"\\(.)", r"\1", field)).strip() for field in row] for row in cleaned]
     if suffix == "html":
         body = text.partition("<tbody>")[2].partition("</tbody>")[0]
@@ -193,7 +315,7 @@ def texts_in(suffix, text):
     rows = [line.removesuffix(r" \\").split(" & ") for line in body.splitlines() if line.endswith(r"\\")]
     clean = [[re.sub(r"\\rlap\{.*\}$", "", field) for field in row] for row in rows]
     clean = [[re.sub(r"\\(textbf|underline)\{([^}]*)\}", r"\2", field) for field in row] for row in clean]
-    symbols = {r"\%": "%", r"\_": "_", r"$\pm$": "±", "---": HOLE}
+    symbols = {"---": HOLE, "--": "–", r"$\geq$": "≥", r"\%": "%", r"\_": "_", r"$\pm$": "±"}
     for symbol, plain in symbols.items():
         clean = [[field.replace(symbol, plain) for field in row] for row in clean]
     return clean
@@ -227,11 +349,11 @@ def test_hostile_text_is_escaped_everywhere():
     assert next(csv.reader(io.StringIO(render.to_csv(table))))[0] == HOSTILE
 
 
-def test_scaling_has_one_column_per_budget_with_half_intervals(aggregation):
+def test_scaling_has_one_column_per_budget_with_intervals(aggregation):
     table = table_named(aggregation, "scaling")
     assert [column.title for column in table.columns] == ["Benchmark", "Method", "all (dense)", "192", "64", "32"]
     entry = entry_of(table, "192", "POPE", "fastv")
-    assert re.fullmatch(r" ± \d+\.\d", entry.spread)
+    assert re.fullmatch(r" \(\d+\.\d–\d+\.\d\)", entry.spread)
     assert entry.text == entry_of(table_named(aggregation, "accuracy"), "POPE", "fastv", "192").text
 
 
@@ -336,7 +458,7 @@ def test_statistics_file_holds_every_comparison(aggregation, tmp_path):
     write_tables(aggregation, tmp_path)
     frame = pd.read_csv(tmp_path / "statistics.csv")
     assert len(frame) == len(aggregation.cells)
-    assert {"low", "high", "p", "p_holm", "tie", "detectable", "estimator"} <= set(frame.columns)
+    assert {"low", "high", "p", "p_holm", "mark", "detectable", "estimator"} <= set(frame.columns)
 
 
 def test_command_line(sweep, tmp_path, capsys):
@@ -363,7 +485,7 @@ def test_an_empty_store_gives_no_tables(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(LATEX is None, reason="neither tectonic nor pdflatex is installed, so LaTeX was not compiled")
 def test_latex_compiles(aggregation, tmp_path):
-    hostile = Table("hostile", HOSTILE, HOSTILE, (Column("a", HOSTILE),), (Row((Entry(HOSTILE, tie=True),)),))
+    hostile = Table("hostile", HOSTILE, HOSTILE, (Column("a", HOSTILE),), (Row((Entry(HOSTILE, doubt="lower"),)),))
     render.write([*aggregation.tables, hostile], tmp_path)
     options = ["-interaction=nonstopmode", "-halt-on-error"] if LATEX.endswith("pdflatex") else []
     run = subprocess.run([LATEX, *options, "tables.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -22,10 +22,11 @@ from corematching.benchmarks.tasks import build_tasks
 from corematching.errors import UserError
 from corematching.inspection.evidence import Example, question_of
 from corematching.models.families import family_of
-from corematching.results.accuracy import benchmark_order, contexts, methods_of
+from corematching.results.accuracy import contexts, methods_of
 from corematching.results.figures.about import is_bundled
 from corematching.results.overlays import FILE, SCHEMA
 from corematching.results.tables import budget
+from corematching.results.titles import benchmark_order
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from corematching.benchmarks.spec import BENCHMARKS, load_benchmark
-from corematching.errors import UserError
-from corematching.results.compare import CONTEXT, varied_parameters
-from corematching.results.estimators import FALLBACK
 from corematching.results.load import keep_order
+from corematching.results.notes import interval, legend, statistical_notes
+from corematching.results.selection import CONTEXT, varied_parameters
 from corematching.results.tables import (
     FLOPS_UNITS,
     HOLE,
     MINI_BANNER,
+    PARTIAL,
     Column,
     Entry,
     Row,
@@ -30,25 +28,10 @@ from corematching.results.tables import (
     unit_scale,
     word,
 )
+from corematching.results.titles import benchmark_order, title
 
 CONTROLS = ("random", "uniform", "pooling")
 FAMILY = ("core_tokens", "core_neurons", "corematching", "corematching_release")
-
-
-@cache
-def title(benchmark: str) -> str:
-    """A benchmark's printed name; a name without a config is printed as it is."""
-    try:
-        return load_benchmark(benchmark).title
-    except UserError:
-        return benchmark
-
-
-def benchmark_order(names: Iterable[str]) -> list[str]:
-    """Benchmarks in the order of the paper's tables, others after them by name."""
-    return sorted(
-        set(names), key=lambda name: (BENCHMARKS.index(name) if name in BENCHMARKS else len(BENCHMARKS), name)
-    )
 
 
 def contexts(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -57,7 +40,7 @@ def contexts(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     if len(groups) == 1:
         return [("", groups[0][1])]
     varied = [place for place in range(len(CONTEXT)) if len({key[place] for key, _ in groups}) > 1]
-    return [("_" + "_".join(str(key[place]) for place in varied), group) for key, group in groups]
+    return [("".join(f"_{key[place]}" for place in varied if key[place]), group) for key, group in groups]
 
 
 def methods_of(group: pd.DataFrame) -> pd.DataFrame:
@@ -100,7 +83,7 @@ def accuracy_table(group: pd.DataFrame, suffix: str = "", notes: Sequence[str] =
 
 
 def scaling_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
-    """Benchmarks and methods by budgets, with half the width of the interval; ``None`` below two budgets."""
+    """Benchmarks and methods by budgets, with intervals; ``None`` below two budgets."""
     kept = group[group["method_name"] != "dense"]
     keeps = sorted({keep for keep in kept["keep"] if keep is not None and keep == keep}, key=keep_order)
     if len(keeps) < 2:
@@ -126,7 +109,7 @@ def scaling_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
         *(Column(budget(keep), budget(keep), "higher") for keep in keeps),
     )
     caption = _caption(group, "Score over the budget (visual tokens kept, or the kept fraction)", "")
-    caption += " ± is half the width of the 95 % interval of the score itself."
+    caption += " In brackets: the 95 % interval of the score itself; one-sided where every answer is right or wrong."
     return mark(_table(f"scaling{suffix}", "Scaling over keep", caption, columns, rows, group))
 
 
@@ -176,20 +159,31 @@ def score_entry(cell: dict | None, spread: bool = False) -> Entry:
         return hole(f"failed: {cell['error']}"[:160], cell["id"])
     if cell["status"] == "not_scored" or not math.isfinite(cell["value"]):
         return hole(f"not scored: {cell['note'] or 'no score was stored'}"[:160], cell["id"])
-    half = f" ± {(cell['high'] - cell['low']) / 2:.1f}" if spread and math.isfinite(cell["low"]) else ""
-    return number(cell["value"], spread=half, tie=bool(cell["tie"]), detail=_detail(cell), cell=cell["id"])
+    beside = f" ± {cell['seed_spread']:.1f}" if math.isfinite(cell["seed_spread"]) else ""
+    if spread and math.isfinite(cell["low"]):
+        beside = f" ({interval(cell)})"
+    if cell["partial"]:
+        beside += f" {PARTIAL}"
+    return number(cell["value"], spread=beside, doubt=cell["mark"], detail=_detail(cell), cell=cell["id"])
 
 
 def _detail(cell: dict) -> str:
     parts = [f"n = {cell['n']:g}"]
     if math.isfinite(cell["low"]):
-        parts.append(f"95 % interval {cell['low']:.1f} to {cell['high']:.1f} ({cell['estimator']})")
+        parts.append(f"95 % interval {interval(cell)} ({cell['estimator']})")
     if math.isfinite(cell["difference"]):
         bounds = f"{cell['difference_low']:+.1f} to {cell['difference_high']:+.1f}"
         parts.append(f"difference from dense {cell['difference']:+.1f} ({bounds})")
     if math.isfinite(cell["p_holm"]):
-        parts.append(f"McNemar p = {cell['p']:.2g}, Holm-corrected {cell['p_holm']:.2g}")
-    return "; ".join([*parts, *filter(None, [cell["remark"]])])
+        corrected = f"corrected over {cell['rows']:g} rows {cell['p_holm']:.2g}"
+        parts.append(f"exact McNemar p = {cell['p']:.2g}, {corrected}")
+    if math.isfinite(cell["control_difference"]):
+        bounds = f"{cell['control_low']:+.1f} to {cell['control_high']:+.1f}"
+        parts.append(f"difference from {cell['control']} {cell['control_difference']:+.1f} ({bounds})")
+    if cell["seeds"] > 1:
+        parts.append(f"mean of {cell['seeds']:g} seeds, standard deviation {cell['seed_spread']:.2g}")
+    partly = f"computed from {cell['partial']}" if cell["partial"] else ""
+    return "; ".join([*parts, *filter(None, [partly, cell["remark"]])])
 
 
 def accuracy_shares(group: pd.DataFrame) -> dict[str, float]:
@@ -208,7 +202,9 @@ def _by_row(group: pd.DataFrame) -> dict[str, dict[str, dict]]:
 
 
 def _dense_values(group: pd.DataFrame) -> dict[str, float]:
-    done = group[(group["method_name"] == "dense") & (group["status"] == "done") & (group["value"] > 0)]
+    """Dense scores that shares can be taken of: not of metrics that are computed from a part of their subtasks."""
+    whole = (group["status"] == "done") & (group["value"] > 0) & (group["partial"] == "")
+    done = group[whole & (group["method_name"] == "dense")]
     return dict(zip(done["benchmark"], done["value"], strict=True))
 
 
@@ -266,11 +262,8 @@ def _caption(group: pd.DataFrame, subject: str, flops: str) -> str:
             f"{flops} per question: 2 per multiply-add; vision tower, projector, prefill, decode, output head and"
             " method overhead together. % of dense is the mean over benchmarks of score / dense score."
         )
-    sentences.append(
-        "Bold: best, underlined: second best of a budget (dense apart). ≈: not told apart from dense (the paired 95 %"
-        " bootstrap interval over images holds 0, or the exact McNemar p after Holm's correction is at least 0.05)."
-        f" {HOLE}: no number."
-    )
+    sentences.append(f"Bold: best, underlined: second best of a budget (dense apart). {HOLE}: no number.")
+    sentences += legend(group)
     return " ".join(sentences)
 
 
@@ -278,28 +271,5 @@ def _table(
     name: str, heading: str, caption: str, columns, rows, group: pd.DataFrame, notes: Sequence[str] = ()
 ) -> Table:
     banner = MINI_BANNER if (group["data"] == "mini").any() else ""
-    remarks = [*_metric_notes(group), *_power_note(group), *notes]
+    remarks = [*statistical_notes(group), *notes]
     return Table(name, heading, caption, tuple(columns), tuple(rows), tuple(remarks), banner)
-
-
-def _metric_notes(group: pd.DataFrame) -> list[str]:
-    done = group[group["status"] == "done"]
-    notes = []
-    for benchmark in benchmark_order(done["benchmark"]):
-        cells = done[done["benchmark"] == benchmark]
-        metrics = ", ".join(sorted(set(cells["metric"]) - {""}))
-        remarks = sorted(set(cells["note"]) - {""})
-        if (cells["estimator"] == FALLBACK).any():
-            remarks.append("its intervals are of the mean question score, in percent")
-        if metrics not in ("", "accuracy") or remarks:
-            notes.append("; ".join([f"{title(benchmark)}: {metrics}", *remarks]) + ".")
-    return notes
-
-
-def _power_note(group: pd.DataFrame) -> list[str]:
-    known = group[group["detectable"].notna()]
-    if known.empty:
-        return []
-    medians = known.groupby("benchmark")["detectable"].median()
-    listed = ", ".join(f"{title(name)} {medians[name]:.1f}" for name in benchmark_order(medians.index))
-    return [f"Smallest difference from dense found with 80 % power at this n (median over rows, in points): {listed}."]

@@ -11,10 +11,11 @@ import pandas as pd
 from corematching import files
 from corematching.results import render
 from corematching.results.accuracy import ablation_table, accuracy_table, contexts, scaling_table
-from corematching.results.compare import COLUMNS, CONTEXT, compare, select
+from corematching.results.compare import COLUMNS, WORDS, compare
 from corematching.results.hardware import efficiency_rows, hardware_table
 from corematching.results.load import Results, load_results
 from corematching.results.reference import load_reference, published_table
+from corematching.results.selection import CONTEXT, select
 from corematching.results.tables import Table, budget
 
 
@@ -77,5 +78,5 @@ def write_tables(aggregation: Aggregation, folder: Path) -> list[Path]:
 def statistics_frame(cells: pd.DataFrame) -> pd.DataFrame:
     """One row per accuracy cell: labels, score, interval, difference from dense, tests, and the cell's id."""
     labels = [*CONTEXT, "benchmark", "method", "keep", "status", "n", "metric", "value", *COLUMNS]
-    frame = cells[[*labels, "tie", "estimator", "remark", "experiment", "id"]]
+    frame = cells[[*labels, *WORDS, "experiment", "id"]]
     return frame.assign(keep=[budget(keep) for keep in frame["keep"]])

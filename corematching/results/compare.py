@@ -1,102 +1,34 @@
-"""Compare every accuracy cell with the dense run of the same model on the same questions."""
+"""Compare every accuracy cell with the dense run, and with the random control, on the same questions."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from corematching.results import statistics
-from corematching.results.estimators import Questions, choose
+from corematching.results import intervals, power, seeds, statistics
+from corematching.results.completeness import partial
+from corematching.results.estimators import Estimator, Questions, choose, sum_by
 from corematching.results.load import Results
+from corematching.results.selection import QUESTIONS
 
-#: Cells that may stand in one table.
-CONTEXT = ["model", "data", "prompt"]
-#: Cells that answered the same questions.
-QUESTIONS = [*CONTEXT, "benchmark", "version", "limit"]
+#: Numbers added to each cell, NaN where nothing can be said.
 COLUMNS = (
-    *("low", "high", "difference", "difference_low", "difference_high", "standard_error", "only_method", "only_dense"),
-    *("p", "p_holm", "detectable", "questions", "units"),
+    *("low", "high", "difference", "difference_low", "difference_high", "only_method", "only_dense", "p", "p_holm"),
+    *("rows", "detectable", "detectable_with_gains", "dense_right", "questions", "units", "seeds", "seed_spread"),
+    *("control_difference", "control_low", "control_high", "control_p", "control_p_holm"),
 )
+#: Words added likewise, empty where nothing can be said.
+WORDS = ("mark", "control", "partial", "estimator", "remark")
+#: A rule that would miss a drop of so many points marks nothing.
+BLIND = 50.0
+#: How far visual tokens per layer may lie from the random control's.
+SAME_TOKENS = 0.03
 
 
-def select(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Choose the accuracy cells that a table can show.
-
-    Of each benchmark's question sets (data versions, limits) the largest is taken. Cells that differ only in what a
-    table does not show (seed, revision, generation settings) are reduced to the one finished last; a finished cell wins
-    over a failed one. Two sets of parameters under one label get the parameters that differ added to the label.
-
-    Returns
-    -------
-    cells : pandas.DataFrame
-        One row per method and parameters in each context, with ``row``, the key of those.
-    notes : list of str
-        What was left aside, in words.
-    """
-    chosen = cells[cells["kind"] == "accuracy"].copy()
-    chosen["row"] = [
-        json.dumps([label, parameters], sort_keys=True, default=str)
-        for label, parameters in chosen[["method", "parameters"]].itertuples(index=False)
-    ]
-    chosen, notes = _largest_question_set(chosen)
-    key = [*CONTEXT, "benchmark", "row"]
-    # Failed cells first, then by the time they finished: the last of each row is the one to show.
-    chosen = chosen.assign(done=chosen["status"] == "done").sort_values(["done", "finished", "id"], kind="stable")
-    repeated = int(chosen.duplicated(key, keep="last").sum())
-    if repeated:
-        notes.append(f"{repeated} cells repeat others but for seed or settings; the one finished last is shown.")
-    chosen = chosen.drop_duplicates(key, keep="last").sort_index().drop(columns="done")
-    return _distinct_labels(chosen.reset_index(drop=True)), notes
-
-
-def _largest_question_set(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    notes: list[str] = []
-    kept = []
-    for (model, _, _, benchmark), group in cells.groupby([*CONTEXT, "benchmark"], sort=False):
-        sets = group.groupby(["version", "limit"], dropna=False, sort=False)
-        sizes = sets["n"].transform("max").fillna(0)
-        # Ties (two versions of equal size) go to the one finished last.
-        best = group.assign(size=sizes).sort_values(["size", "finished", "id"], kind="stable").iloc[-1]
-        same = (group["version"] == best["version"]) & ((group["limit"] == best["limit"]) | group["limit"].isna())
-        if not same.all():
-            notes.append(
-                f"{benchmark} ({model}): {int((~same).sum())} cells on other or fewer questions are not shown; "
-                f"the table is of n = {best['n']:g}."
-            )
-        kept.append(group[same])
-    return (pd.concat(kept).sort_index() if kept else cells), notes
-
-
-def _distinct_labels(cells: pd.DataFrame) -> pd.DataFrame:
-    labels = cells["method"].copy()
-    names = cells["method"] + "\x00" + cells["keep"].map(str)
-    for _, group in cells.groupby(names, sort=False):
-        variants = dict(zip(group["row"], group["parameters"], strict=True))
-        if len(variants) == 1:
-            continue
-        varied = varied_parameters(list(variants.values()))
-        for index, parameters in group["parameters"].items():
-            labels[index] = (
-                f"{group['method'].iloc[0]} ({', '.join(f'{name}={parameters.get(name)}' for name in varied)})"
-            )
-    return cells.assign(method=labels)
-
-
-def varied_parameters(variants: list[dict]) -> list[str]:
-    """Names of the parameters (``keep`` apart) that differ between ``variants``, in order of appearance."""
-    names = list(dict.fromkeys(name for variant in variants for name in variant if name != "keep"))
-    return [
-        name
-        for name in names
-        if len({json.dumps(variant.get(name), sort_keys=True, default=str) for variant in variants}) > 1
-    ]
-
-
-def compare(results: Results, cells: pd.DataFrame, draws: int = statistics.DRAWS) -> pd.DataFrame:
+def compare(results: Results, cells: pd.DataFrame) -> pd.DataFrame:
     """Intervals and tests for selected accuracy cells.
 
     Parameters
@@ -104,79 +36,213 @@ def compare(results: Results, cells: pd.DataFrame, draws: int = statistics.DRAWS
     results
         The stores, for the sample rows.
     cells
-        What :func:`select` returned.
-    draws
-        Bootstrap resamples.
+        What :func:`corematching.results.selection.select` returned.
 
     Returns
     -------
     pandas.DataFrame
-        ``cells`` with :data:`COLUMNS` added (in points of the benchmark's own scale; NaN where nothing can be said),
-        ``tie`` (bool: not told apart from dense), ``estimator`` (what the interval is of) and ``remark``. ``p_holm``
-        corrects over all methods and budgets that share one dense cell.
+        One row per method, parameters and benchmark (a method's seeds are averaged, see
+        :mod:`corematching.results.seeds`), with :data:`COLUMNS` and :data:`WORDS` added. Scores and differences are in
+        points of the benchmark's own scale, ``detectable`` in points of questions answered right. ``p_holm`` corrects
+        over all ``rows`` that share one dense cell. ``mark`` is what :func:`marks` says.
     """
-    out = cells.assign(**dict.fromkeys(COLUMNS, np.nan), tie=False, estimator="", remark="")
-    done = out[(out["status"] == "done") & out["value"].notna()]
+    shown, members = seeds.merge(cells)
+    out = shown.assign(**dict.fromkeys(COLUMNS, np.nan), **dict.fromkeys(WORDS, ""))
+    done = cells[(cells["status"] == "done") & cells["value"].notna()]
+    frames = []
     for _, group in done.groupby(QUESTIONS, dropna=False, sort=False):
-        for frame in _group(results, group, draws):
-            out.loc[frame.index, frame.columns] = frame
+        frames += _group(results, group, members)
+    for frame in frames:
+        out.loc[frame.index, frame.columns] = frame
     return out
 
 
-def _group(results: Results, group: pd.DataFrame, draws: int) -> list[pd.DataFrame]:
+def _group(results: Results, group: pd.DataFrame, members: pd.Series) -> list[pd.DataFrame]:
     """Statistics of the cells that answered one benchmark's questions in one context."""
     dense = group.index[group["method_name"] == "dense"]
     order = [*dense, *group.index.difference(dense, sort=False)]
-    aligned = _align(results, group.loc[order])
-    frames = [pd.DataFrame({"remark": aligned.remarks}, dtype=object)] if aligned.remarks else []
+    aligned = align(results, group.loc[order])
+    remarks = {members[index]: text for index, text in aligned.remarks.items()}
+    frames = [pd.DataFrame({"remark": remarks}, dtype=object)] if remarks else []
     if aligned.questions is None or not len(aligned.questions.scores):
         return frames
     cells = group.loc[aligned.kept]
     estimator = choose(aligned.questions, cells["value"].to_numpy())
-    replicates = statistics.bootstrap(estimator.ratios, estimator.strata, draws)
-    low, high = statistics.interval(replicates)
+    rows, average = seeds.averaging(members.loc[cells.index])
+    pairs = _Pairs(estimator, average)
+    first = cells.iloc[0]
+    low, high = pairs.single()
     columns: dict[str, object] = {
         "low": low,
         "high": high,
         "questions": float(len(aligned.questions.scores)),
         "units": float(aligned.questions.units),
+        "seeds": pairs.counts.astype(float),
+        "seed_spread": pairs.spread,
         "estimator": estimator.name,
+        "partial": partial(first["benchmark"], first["metric"], aligned.questions.part_names),
     }
     if len(dense) and cells.index[0] == dense[0]:
-        point = statistics.estimate(estimator.ratios)
-        columns |= _paired(aligned.questions.scores >= 0.5, point, replicates)
-    return [pd.DataFrame(columns, index=cells.index), *frames]
+        columns |= _against_dense(pairs)
+    tokens = cells["visual_tokens_per_layer"].to_numpy() @ average
+    columns |= _against_control(pairs, group.loc[rows], tokens)
+    return [pd.DataFrame(columns, index=rows), *frames]
 
 
-def _paired(right: np.ndarray, point: np.ndarray, replicates: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns that compare every cell with the first one, the dense run."""
-    differences = replicates - replicates[:, :1]
-    low, high = statistics.interval(differences)
-    error = np.nanstd(differences, axis=0, ddof=1)
-    only_method, only_dense = (right & ~right[:, :1]).sum(axis=0), (right[:, :1] & ~right).sum(axis=0)
-    p = statistics.mcnemar(only_method, only_dense)
-    p[0] = np.nan  # dense against itself is no test
+class _Pairs:
+    """Rows (cells, or means over seeds) that answered the same questions, two and two.
+
+    Attributes
+    ----------
+    points : ndarray of shape (rows,)
+        The metric.
+    counts : ndarray of int, shape (rows,)
+        Seeds of each row.
+    spread : ndarray of shape (rows,)
+        Standard deviation over seeds.
+    """
+
+    def __init__(self, estimator: Estimator, average: np.ndarray) -> None:
+        values = statistics.estimate(estimator.ratios)
+        self.points, self.counts = values @ average, np.count_nonzero(average, axis=0)
+        self.spread = seeds.spread(values, average)
+        self._right, self._unit, self._average = estimator.right, estimator.unit, average
+        self._ratios = seeds.average_ratios(estimator.ratios, average)
+        #: Right answers of each unit, summed over seeds: (units, rows).
+        self._sums = sum_by(estimator.unit, (estimator.right @ (average > 0)).astype(int))
+
+    @property
+    def questions(self) -> int:
+        """Questions that the test counts."""
+        return len(self._right)
+
+    def single(self) -> tuple[np.ndarray, np.ndarray]:
+        """Interval of every row's metric."""
+        return seeds.widen(self.points, *intervals.single(self._ratios), self.spread, self.counts)
+
+    def difference(self, reference: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Difference of rows from a reference row, with its interval."""
+        columns = [reference, *rows]
+        low, high = (side[1:] for side in intervals.paired([ratio.columns(columns) for ratio in self._ratios]))
+        difference = self.points[rows] - self.points[reference]
+        low, high = seeds.widen(difference, low, high, self.spread[rows], self.counts[rows])
+        base = np.full(len(rows), self.spread[reference]), np.full(len(rows), self.counts[reference])
+        return difference, *seeds.widen(difference, low, high, *base)
+
+    def changes(self, reference: int, rows: np.ndarray) -> np.ndarray:
+        """Right answers of each unit that rows have more than the reference, times both numbers of seeds."""
+        return self._sums[:, rows] * self.counts[reference] - self._sums[:, [reference]] * self.counts[rows]
+
+    def discordant(self, reference: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Questions that only the row, and only the reference (a single cell), gets right; means over seeds."""
+        right, base = self._right, self._right[:, np.flatnonzero(self._average[:, reference])[:1]]
+        return tuple((side.sum(axis=0) @ self._average)[rows] for side in (right & ~base, base & ~right))  # type: ignore[return-value]
+
+    def share_right(self, row: int) -> float:
+        """Share of the questions that a row gets right."""
+        return float(self._sums[:, row].sum() / self.counts[row] / self.questions)
+
+    def worth(self, changes: np.ndarray, discordant: np.ndarray) -> int:
+        """Number of questions that the test's clustered ones are worth, from the changes of rows that are one cell.
+
+        Without a change to learn from, each unit's questions are taken to change together.
+        """
+        together = float((np.bincount(self._unit) ** 2.0).sum()) / self.questions
+        effect = ((changes**2.0).sum() + together**2) / (discordant.sum() + together)
+        return max(1, int(self.questions / max(1.0, effect)))
+
+
+def _against_dense(pairs: _Pairs) -> dict[str, np.ndarray]:
+    """Columns that compare every row with the first one, the dense run; dense against itself is no comparison."""
+    rows = np.arange(1, len(pairs.points))
+    difference, low, high = pairs.difference(0, rows)
+    changes = pairs.changes(0, rows)
+    only_method, only_dense = pairs.discordant(0, rows)
+    p = statistics.sign_flip(changes)
     p_holm = statistics.holm(p)
-    columns = {
-        "difference": point - point[0],
+    alone = pairs.counts[rows] == 1
+    n = pairs.worth(changes[:, alone], (only_method + only_dense)[alone])
+    gained = round(float(np.median(only_method)) / pairs.questions, 3) if len(rows) else 0.0
+    detectable = 100 * power.smallest_drop(n, max(len(rows), 1))
+    columns: dict[str, object] = {
+        "difference": difference,
         "difference_low": low,
         "difference_high": high,
-        "standard_error": error,
-        "only_method": only_method.astype(float),
-        "only_dense": only_dense.astype(float),
+        "only_method": only_method,
+        "only_dense": only_dense,
         "p": p,
         "p_holm": p_holm,
-        "detectable": np.where(error > 0, statistics.detectable_difference(error), np.nan),
-        # Either doubt makes a tie: an interval that holds zero, or a corrected test that does not reject.
-        "tie": ((low <= 0) & (high >= 0)) | (p_holm >= 1 - statistics.LEVEL),
+        "rows": float(len(rows)),
+        "detectable": detectable,
+        "detectable_with_gains": 100 * power.smallest_drop(n, max(len(rows), 1), gained),
+        "dense_right": 100 * pairs.share_right(0),
+        "mark": marks(p, p_holm, np.where(difference * changes.sum(axis=0) > 0, difference, 0.0), detectable),
     }
-    for name, values in columns.items():
-        values[0] = False if name == "tie" else np.nan
+    return {name: _at(rows, values, len(pairs.points)) for name, values in columns.items()}
+
+
+def _at(rows: np.ndarray, values: object, size: int) -> np.ndarray:
+    """``values`` at the places ``rows``, nothing elsewhere."""
+    values = np.asarray(values)
+    out = np.full(size, "" if values.dtype.kind in "OU" else np.nan, dtype=object if values.dtype.kind in "OU" else float)
+    out[rows] = values
+    return out
+
+
+def marks(p: np.ndarray, p_holm: np.ndarray, difference: np.ndarray, detectable: float) -> np.ndarray:
+    """How a number is marked beside dense's.
+
+    Parameters
+    ----------
+    p, p_holm : ndarray
+        Exact p-values before and after correction.
+    difference : ndarray
+        From dense; 0 where the metric and the questions answered right point in opposite directions.
+    detectable
+        The smallest drop that is found, in points. Where it is beyond :data:`BLIND` nothing is marked: with so few
+        questions, a mark would say more about their number than about the method.
+
+    Returns
+    -------
+    ndarray of str
+        ``"tie"``: not told apart from dense, even without correction. ``"lower"``, ``"higher"``: told apart, but not
+        after correction. Empty: told apart, or nothing can be.
+    """
+    if not detectable <= BLIND:
+        return np.full(len(p), "", dtype=object)
+    alpha = 1 - statistics.LEVEL
+    doubted = np.where(difference < 0, "lower", "higher")
+    said = np.where(p_holm < alpha, "", doubted)
+    return np.where((p >= alpha) | (difference == 0), "tie", said).astype(object)
+
+
+def _against_control(pairs: _Pairs, cells: pd.DataFrame, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns that compare rows with the random control that keeps as many visual tokens per layer."""
+    names, labels = cells["method_name"].to_numpy(), cells["method"].to_numpy()
+    controls = np.flatnonzero((names == "random") & np.isfinite(tokens))
+    others = np.flatnonzero((names != "random") & (names != "dense") & np.isfinite(tokens))
+    size = len(names)
+    columns = {name: np.full(size, np.nan) for name in COLUMNS if name.startswith("control")}
+    columns["control"] = np.full(size, "", dtype=object)
+    if not len(controls) or not len(others):
+        return columns
+    apart = np.abs(tokens[others][:, None] - tokens[controls])
+    nearest = apart.argmin(axis=1)
+    close = apart[np.arange(len(others)), nearest] <= SAME_TOKENS * tokens[controls][nearest]
+    for place, control in enumerate(map(int, controls)):
+        rows = others[close & (nearest == place)]
+        if len(rows):
+            bounds = pairs.difference(control, rows)
+            for name, values in zip(("control_difference", "control_low", "control_high"), bounds, strict=True):
+                columns[name][rows] = values
+            columns["control_p"][rows] = statistics.sign_flip(pairs.changes(control, rows))
+            columns["control"][rows] = labels[control]
+    columns["control_p_holm"] = statistics.holm(columns["control_p"])
     return columns
 
 
 @dataclass
-class _Aligned:
+class Aligned:
     """Questions of a group, the cells (columns) that answered them, and why others are missing."""
 
     questions: Questions | None
@@ -184,7 +250,7 @@ class _Aligned:
     remarks: dict
 
 
-def _align(results: Results, cells: pd.DataFrame) -> _Aligned:
+def align(results: Results, cells: pd.DataFrame) -> Aligned:
     """Scores of all cells in the question order of the first readable one."""
     reference: pa.Table | None = None
     kept, columns, remarks = [], [], {}
@@ -203,8 +269,8 @@ def _align(results: Results, cells: pd.DataFrame) -> _Aligned:
         kept.append(index)
         columns.append(scores)
     if reference is None:
-        return _Aligned(None, kept, remarks)
-    return _Aligned(_questions(reference, np.column_stack(columns)), kept, remarks)
+        return Aligned(None, kept, remarks)
+    return Aligned(_questions(reference, np.column_stack(columns)), kept, remarks)
 
 
 def _in_order(table: pa.Table, wanted: np.ndarray) -> np.ndarray | None:

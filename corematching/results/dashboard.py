@@ -11,11 +11,12 @@ import pandas as pd
 from PIL import Image
 
 from corematching.benchmarks.spec import load_benchmark
-from corematching.results.accuracy import benchmark_order, contexts
+from corematching.results.accuracy import contexts
 from corematching.results.aggregate import Aggregation
 from corematching.results.efficiency_figures import efficiency_figures
 from corematching.results.figures import all_figures, pareto_points, png
 from corematching.results.tables import budget
+from corematching.results.titles import benchmark_order
 
 #: Name of the logged table behind the Pareto panel, and its columns.
 PARETO = "pareto"

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from corematching.results.completeness import COGNITION
 from corematching.results.statistics import Ratio, estimate
 
-#: MME's four cognition subtasks; the papers quote the sum over the other ten.
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 FALLBACK = "mean question score"
+UNITS = "units all right"
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,37 @@ class Questions:
 
     def by_unit(self, values: np.ndarray) -> np.ndarray:
         """Sum rows of ``values`` (questions, cells) over each unit: (units, cells)."""
-        order = np.argsort(self.unit, kind="stable")
-        starts = np.flatnonzero(np.diff(self.unit[order], prepend=-1))
-        return np.add.reduceat(values[order], starts, axis=0)
+        return sum_by(self.unit, values)
 
-    def strata(self) -> np.ndarray:
-        """Each unit's subset if no unit spans two subsets, else one stratum for all."""
-        first = np.full(self.units, -1)
-        first[self.unit] = self.part
-        return first if np.array_equal(first[self.unit], self.part) else np.zeros(self.units, dtype=int)
+
+def sum_by(unit: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sum rows of ``values`` over each unit (indices from 0, none left out)."""
+    if np.array_equal(unit, np.arange(len(unit))):
+        return values
+    order = np.argsort(unit, kind="stable")
+    starts = np.flatnonzero(np.diff(unit[order], prepend=-1))
+    return np.add.reduceat(values[order], starts, axis=0)
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A metric as ratios, and the strata within which its units are resampled."""
+    """A metric as ratios of sums over units.
+
+    Attributes
+    ----------
+    name : str
+    ratios : tuple of Ratio
+    right : ndarray of bool, shape (questions, cells) or (units, cells)
+        What the test counts: questions answered right (a score of at least 0.5) or, where the metric asks for all of a
+        unit's answers to be right, units.
+    unit : ndarray of int
+        The unit of each row of ``right``.
+    """
 
     name: str
     ratios: tuple[Ratio, ...]
-    strata: np.ndarray
+    right: np.ndarray
+    unit: np.ndarray
 
 
 def choose(questions: Questions, values: np.ndarray) -> Estimator:
@@ -70,9 +83,10 @@ def choose(questions: Questions, values: np.ndarray) -> Estimator:
     for name, build in DEFINITIONS.items():
         ratios = build(questions)
         if ratios and np.allclose(estimate(ratios), values, rtol=1e-6, atol=1e-6):
-            strata = questions.strata() if len(ratios) > 1 else np.zeros(questions.units, dtype=int)
-            return Estimator(name, ratios, strata)
-    return Estimator(FALLBACK, _mean(questions), np.zeros(questions.units, dtype=int))
+            if name == UNITS:
+                return Estimator(name, ratios, _unit_right(questions).astype(bool), np.arange(questions.units))
+            return Estimator(name, ratios, questions.scores >= 0.5, questions.unit)
+    return Estimator(FALLBACK, _mean(questions), questions.scores >= 0.5, questions.unit)
 
 
 def _masked(questions: Questions, rows: np.ndarray, weight: float) -> Ratio:
@@ -106,9 +120,8 @@ def _f1(questions: Questions) -> tuple[Ratio, ...]:
     for part in range(parts):
         rows = (questions.part == part)[:, None]
         hits = questions.by_unit(2.0 * (said_yes & positive & rows))
-        ratios.append(
-            Ratio(hits, questions.by_unit((said_yes & rows).astype(float) + (positive & rows)), 100.0 / parts)
-        )
+        below = questions.by_unit((said_yes & rows).astype(float) + (positive & rows))
+        ratios.append(Ratio(hits, below, 100.0 / parts, questions.by_unit(rows.astype(float))))
     return tuple(ratios)
 
 
@@ -137,5 +150,5 @@ DEFINITIONS: dict[str, Callable[[Questions], tuple[Ratio, ...]]] = {
     "F1 over subsets": _f1,
     "accuracy + pair accuracy": _mme,
     "accuracy + pair accuracy, perception": lambda questions: _mme(questions, COGNITION),
-    "units all right": _all_right,
+    UNITS: _all_right,
 }

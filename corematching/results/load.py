@@ -59,6 +59,7 @@ NUMBERS = (
 OBJECTS = (
     "keep",
     "parameters",
+    "settings",
     "model_config",
     "image_mode",
     "visual_tokens_by_layer",
@@ -224,6 +225,7 @@ def _row(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "prompt": config.get("prompt"),
             "dtype": config["model"].get("dtype"),
             "seed": config.get("seed"),
+            "settings": _settings(config),
             "n": record.get("n"),
             **{name: score.get(name) for name in ("metric", "value", "scale", "note")},
             "error": f"{error.get('type')}: {error.get('message')}" if error else "",
@@ -243,6 +245,16 @@ def _row(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     except (AttributeError, TypeError, ValueError) as error:
         raise _Unusable(f"cell.json has a field of the wrong type ({_one_line(error)})") from None
     return row
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a cell's result besides method, benchmark and prompt, flat: ``generation.max_new_tokens`` and so on."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in ("method", "benchmark", "prompt"):
+            continue
+        flat |= {f"{name}.{key}": held for key, held in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
 
 
 def hardware_name(hardware: Mapping[str, Any]) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from corematching.errors import UserError
-from corematching.results.accuracy import title
 from corematching.results.tables import Column, Row, Table, budget, hole, mark, number, word
+from corematching.results.titles import title
 
 #: The repository's ``results/reference``; an installed wheel has none, and then no comparison is made.
 FOLDER = Path(__file__).parents[2] / "results" / "reference"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from corematching import files
-from corematching.results.tables import TIE, Column, Entry, Table
+from corematching.results.tables import Column, Entry, Table
 
 LATEX_ESCAPES = str.maketrans(
     {
@@ -34,6 +34,9 @@ LATEX_ESCAPES = str.maketrans(
         "≤": r"$\leq$",
         "·": r"$\cdot$",
         "→": r"$\rightarrow$",
+        "≲": r"$\lesssim$",
+        "≳": r"$\gtrsim$",
+        "†": r"\dag{}",
         "ρ": r"$\rho$",
         "β": r"$\beta$",
         "µ": r"$\mu$",
@@ -44,15 +47,16 @@ LATEX_ESCAPES = str.maketrans(
 
 
 def to_csv(table: Table) -> str:
-    """The texts without marks; reasons of holes and the banner stand in a last column, ``notes``."""
+    """The texts; what marks say (in words), reasons of holes and the banner stand in a last column, ``notes``."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*(column.title for column in table.columns), "notes"])
     for row in table.rows:
         reasons = [
-            f"{column.title}: {entry.reason}"
+            f"{column.title}: {remark}"
             for column, entry in zip(table.columns, row.entries, strict=True)
-            if entry.reason
+            for remark in (entry.meaning, entry.reason)
+            if remark
         ]
         writer.writerow(
             [
@@ -68,10 +72,10 @@ def to_markdown(table: Table) -> str:
     holes = table.holes()
 
     def show(entry: Entry) -> str:
-        text = _wrap(escape_markdown(entry.text), entry.mark, "**{}**", "<u>{}</u>") + entry.spread
+        text = _wrap(escape_markdown(entry.text), entry.mark, "**{}**", "<u>{}</u>") + escape_markdown(entry.spread, trim=False)
         return (
             text
-            + (f" {TIE}" if entry.tie else "")
+            + (f" {entry.symbol}" if entry.doubt else "")
             + (f"<sup>{holes.index(entry.reason) + 1}</sup>" if entry.reason else "")
         )
 
@@ -88,15 +92,15 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` environment for booktabs, shrunk to the text width if it is wider; needs graphicx as well."""
+    """A ``table`` environment for booktabs, shrunk to the text width if it is wider; needs graphicx and amssymb as well."""
     holes = table.holes()
 
     def show(entry: Entry) -> str:
         text = _wrap(escape_latex(entry.text), entry.mark, r"\textbf{{{}}}", r"\underline{{{}}}") + escape_latex(
             entry.spread
         )
-        tie = r"\rlap{\,$\approx$}" if entry.tie else ""
-        return text + tie + (rf"\rlap{{\textsuperscript{{{holes.index(entry.reason) + 1}}}}}" if entry.reason else "")
+        doubt = rf"\rlap{{\,{escape_latex(entry.symbol)}}}" if entry.doubt else ""
+        return text + doubt + (rf"\rlap{{\textsuperscript{{{holes.index(entry.reason) + 1}}}}}" if entry.reason else "")
 
     remarks = [*(f"({place}) {reason}." for place, reason in enumerate(holes, 1)), *table.notes]
     caption = " ".join(filter(None, [table.banner, table.caption, *remarks]))
@@ -132,12 +136,12 @@ def to_html(table: Table, links: Mapping[str, str] | None = None) -> str:
         if entry.cell in links:
             text = f'<a href="{html.escape(links[entry.cell])}">{text}</a>'
         text += html.escape(entry.spread)
-        tie = f' <span class="tie" title="not told apart from dense">{TIE}</span>' if entry.tie else ""
+        doubt = f' <span class="doubt" title="{entry.meaning}">{entry.symbol}</span>' if entry.doubt else ""
         note = f"<sup>{holes.index(entry.reason) + 1}</sup>" if entry.reason else ""
         value = "" if entry.value is None else f' data-value="{entry.value!r}"'
         hint = f' title="{html.escape(entry.detail or entry.reason)}"' if entry.detail or entry.reason else ""
         kind = ' class="number"' if column.numeric else ""
-        return f"<td{kind}{value}{hint}>{text}{tie}{note}</td>"
+        return f"<td{kind}{value}{hint}>{text}{doubt}{note}</td>"
 
     lines = [f'<section class="table" id="table-{html.escape(table.name)}">', f"<h3>{html.escape(table.title)}</h3>"]
     if table.banner:
@@ -178,7 +182,7 @@ def write(tables: Iterable[Table], folder: Path) -> list[Path]:
 def latex_document(tables: Iterable[Table]) -> str:
     """A complete document that inputs the table files beside it."""
     inputs = [rf"\input{{{table.name}.tex}}" for table in tables]
-    packages = [r"\usepackage[T1]{fontenc}", r"\usepackage{booktabs}", r"\usepackage{graphicx}"]
+    packages = [r"\usepackage[T1]{fontenc}", r"\usepackage{booktabs}", r"\usepackage{graphicx}", r"\usepackage{amssymb}"]
     geometry = r"\usepackage[margin=2cm]{geometry}"
     return (
         "\n".join([r"\documentclass{article}", *packages, geometry, r"\begin{document}", *inputs, r"\end{document}"])
@@ -191,11 +195,12 @@ def escape_latex(text: str) -> str:
     return "".join(char if ord(char) < 0x250 or char in "$\\" else "?" for char in text.translate(LATEX_ESCAPES))
 
 
-def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, in one line, inside a table field or not."""
+def escape_markdown(text: str, trim: bool = True) -> str:
+    """Text that Markdown shows as it is, in one line, inside a table field or not; ``trim`` drops outer spaces."""
     for char in "\\`*_[]|":
         text = text.replace(char, "\\" + char)
-    return " ".join(html.escape(text, quote=False).split())
+    text = html.escape(text, quote=False)
+    return " ".join(text.split() if trim else text.split(" "))
 
 
 def _wrap(text: str, mark: str, best: str, second: str) -> str:

@@ -21,12 +21,13 @@ import pandas as pd
 
 from corematching import files
 from corematching.results import overlays
-from corematching.results.accuracy import benchmark_order, contexts, methods_of, title
+from corematching.results.accuracy import contexts, methods_of
 from corematching.results.aggregate import Aggregation
 from corematching.results.efficiency_figures import efficiency_figures
 from corematching.results.figures import all_figures, pareto_points, png, styles
 from corematching.results.render import to_html
 from corematching.results.tables import FLOPS_UNITS, MINI_BANNER, budget, unit_scale
+from corematching.results.titles import benchmark_order, title
 
 TEMPLATES = Path(__file__).parent / "templates"
 QUESTIONS_SHOWN = 20

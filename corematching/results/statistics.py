@@ -1,23 +1,21 @@
-"""Statistics of paired comparisons, vectorised over cells.
+"""Metrics as sums of ratios, and tests of paired comparisons, vectorised over cells.
 
-Two runs answer the same questions, so they are compared question by question: a paired bootstrap gives the interval
-of the difference, McNemar's exact test asks whether the questions that only one of them gets right could be a coin's
-doing, and Holm's correction accounts for the number of methods compared with one dense run. Questions about one image
-are not independent: the bootstrap draws whole clusters ("units").
+Two runs answer the same questions, so they are compared question by question. The test is McNemar's exact one: could
+a coin have decided which of the two gets the questions right that only one gets right? Questions about one image are
+not independent, so that the coin is thrown once per cluster ("unit"). Holm's correction accounts for the number of
+rows compared with one dense run. Intervals are in :mod:`corematching.results.intervals`, power in
+:mod:`corematching.results.power`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import special  # scipy.stats would triple the import time for the same two functions
 
-DRAWS = 2000
 LEVEL = 0.95
-#: Elements of one block of resampling weights (float64): bounds the memory on benchmarks with 200,000 questions.
-BLOCK = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -34,85 +32,40 @@ class Ratio:
     denominator : ndarray of shape (units, cells) or (units, 1)
         Likewise; a column shared by all cells where it does not depend on the answers.
     weight : float
+        The summand's largest value.
+    counts : ndarray of shape (units, 1), optional
+        Questions of each unit, where the denominator depends on the answers.
     """
 
     numerator: np.ndarray
     denominator: np.ndarray
     weight: float = 1.0
+    counts: np.ndarray | None = None
+
+    @property
+    def questions(self) -> np.ndarray:
+        """Questions of each unit: (units, 1)."""
+        return self.denominator if self.counts is None else self.counts
+
+    def columns(self, chosen: Sequence[int]) -> Ratio:
+        """The same of some cells."""
+        below = self.denominator[:, chosen] if self.denominator.shape[1] > 1 else self.denominator
+        return Ratio(self.numerator[:, chosen], below, self.weight, self.counts)
 
 
-def estimate(ratios: Sequence[Ratio], weights: np.ndarray | None = None) -> np.ndarray:
+def estimate(ratios: Sequence[Ratio]) -> np.ndarray:
     """The metric of each cell.
-
-    Parameters
-    ----------
-    ratios
-        The metric's summands.
-    weights : ndarray of shape (draws, units), optional
-        How often each unit was drawn; omitted: once.
 
     Returns
     -------
-    ndarray of shape (draws, cells), or (cells,) without weights
+    ndarray of shape (cells,)
         NaN where a summand has no question.
     """
     total: np.ndarray | float = 0.0
     for ratio in ratios:
-        if weights is None:
-            above, below = ratio.numerator.sum(axis=0), ratio.denominator.sum(axis=0)
-        else:
-            above, below = weights @ ratio.numerator, weights @ ratio.denominator
         with np.errstate(invalid="ignore", divide="ignore"):
-            total = total + ratio.weight * above / below
+            total = total + ratio.weight * ratio.numerator.sum(axis=0) / ratio.denominator.sum(axis=0)
     return np.asarray(total)
-
-
-def resample(strata: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
-    """Blocks of bootstrap weights: how often each unit is drawn, within its stratum.
-
-    Parameters
-    ----------
-    strata : ndarray of int, shape (units,)
-        Each stratum is resampled to its own size; all zeros is the ordinary bootstrap.
-    draws
-        Resamples in all.
-    seed
-        Of the random generator: the same seed gives the same intervals.
-
-    Yields
-    ------
-    ndarray of shape (block, units)
-    """
-    rng = np.random.default_rng(seed)
-    units = len(strata)
-    members = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
-    block = max(1, BLOCK // max(units, 1))
-    for start in range(0, draws, block):
-        rows = min(block, draws - start)
-        weights = np.zeros((rows, units))
-        for columns in members:
-            size = len(columns)
-            picked = rng.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
-            weights[:, columns] = np.bincount(picked.ravel(), minlength=rows * size).reshape(rows, size)
-        yield weights
-
-
-def bootstrap(ratios: Sequence[Ratio], strata: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Bootstrap replicates of a metric; all cells share the resamples, so that differences of columns are paired.
-
-    Returns
-    -------
-    ndarray of shape (draws, cells)
-    """
-    return np.concatenate([estimate(ratios, weights) for weights in resample(strata, draws, seed)])
-
-
-def interval(replicates: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile interval over the first axis; replicates that are NaN (an empty subset was drawn) are left out."""
-    tail = (1 - level) / 2
-    quantile = np.nanquantile if np.isnan(replicates).any() else np.quantile
-    low, high = quantile(replicates, [tail, 1 - tail], axis=0)
-    return low, high
 
 
 def mcnemar(only_first: np.ndarray, only_second: np.ndarray) -> np.ndarray:
@@ -133,6 +86,44 @@ def mcnemar(only_first: np.ndarray, only_second: np.ndarray) -> np.ndarray:
     return np.minimum(1.0, 2 * special.bdtr(np.minimum(only_first, only_second), disagreements, 0.5))
 
 
+def sign_flip(changes: np.ndarray) -> np.ndarray:
+    """McNemar's test for clusters: exact two-sided test that throws one coin per unit.
+
+    Under the null hypothesis the two runs could be swapped in any unit, so each unit's change is as likely as its
+    negative. With one question per unit this is McNemar's exact test.
+
+    Parameters
+    ----------
+    changes : ndarray of int, shape (units, cells)
+        Questions that the second run gets right in a unit, less those that the first does.
+
+    Returns
+    -------
+    ndarray of float, shape (cells,)
+        p-values; 1 where the two never disagree.
+    """
+    sizes, total = np.abs(changes), changes.sum(axis=0)
+    largest = sizes.max(axis=0, initial=0)
+    p = mcnemar((changes > 0).sum(axis=0), (changes < 0).sum(axis=0))
+    for cell in np.flatnonzero(largest > 1):
+        p[cell] = _tail(np.bincount(sizes[:, cell])[1:], abs(int(total[cell])))
+    return p
+
+
+def _tail(counts: np.ndarray, observed: int) -> float:
+    """P(|sum| >= observed) of a sum of ``counts[k - 1]`` random signs of size ``k``, for all ``k``."""
+    if observed == 0:
+        return 1.0
+    steps = np.flatnonzero(counts) + 1
+    counts = counts[steps - 1]
+    largest = int(counts @ steps)
+    # The distribution's Fourier transform is a product of cosines; its inverse is exact to rounding.
+    angles = 2 * np.pi * np.arange(largest + 1) / (2 * largest + 1)
+    transform = (np.cos(np.outer(steps, angles)) ** counts[:, None]).prod(axis=0)
+    masses = np.fft.irfft(transform, 2 * largest + 1)
+    return float(np.clip(2 * masses[observed : largest + 1].sum(), 2.0 ** (1 - float(counts.sum())), 1.0))
+
+
 def holm(p: np.ndarray) -> np.ndarray:
     """Holm's step-down correction of one family of p-values; NaN entries stay NaN and do not count."""
     p = np.asarray(p, dtype=float)
@@ -142,8 +133,3 @@ def holm(p: np.ndarray) -> np.ndarray:
     factors = np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
     return adjusted
-
-
-def detectable_difference(standard_error: np.ndarray, alpha: float = 1 - LEVEL, power: float = 0.8) -> np.ndarray:
-    """The smallest true difference that a two-sided test of level ``alpha`` finds with probability ``power``."""
-    return (special.ndtri(1 - alpha / 2) + special.ndtri(power)) * np.asarray(standard_error)

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 HOLE = "—"
-TIE = "≈"
+#: Marks beside a number that is compared with dense's: what is printed, and what it says.
+MARKS = {
+    "tie": ("≈", "not told apart from dense"),
+    "lower": ("≲", "lower than dense, but not after correction"),
+    "higher": ("≳", "higher than dense, but not after correction"),
+}
+#: Mark of a number that was computed from a part of its subtasks.
+PARTIAL = "†"
 MINI_BANNER = "Bundled tiny model on the bundled mini suite: not comparable with published numbers."
 
 
@@ -29,8 +36,8 @@ class Entry:
         Shown after the text, e.g. `` ± 2.1``.
     mark
         ``"best"``, ``"second"`` or empty.
-    tie
-        Whether the number cannot be told from dense.
+    doubt
+        How sure the difference from dense is: a key of :data:`MARKS`, or empty.
     detail
         More about the number (its interval, its p-value): a tooltip in HTML.
     reason
@@ -43,10 +50,20 @@ class Entry:
     value: float | None = None
     spread: str = ""
     mark: str = ""
-    tie: bool = False
+    doubt: str = ""
     detail: str = ""
     reason: str = ""
     cell: str = ""
+
+    @property
+    def symbol(self) -> str:
+        """What is printed after the number for :attr:`doubt`."""
+        return MARKS[self.doubt][0] if self.doubt else ""
+
+    @property
+    def meaning(self) -> str:
+        """The same in words."""
+        return MARKS[self.doubt][1] if self.doubt else ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +99,7 @@ class Table:
     columns, rows
         Rows are in the order shown; a rule separates blocks.
     notes
-        One line each: ties, power, superseded cells.
+        One line each: power, superseded cells.
     banner
         A line that must stand out, such as :data:`MINI_BANNER`.
     """

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import Normalize
 
-from corematching.results.accuracy import benchmark_order, methods_of, title
+from corematching.results.accuracy import methods_of
+from corematching.results.titles import benchmark_order, title
 from corematching.results.figures.about import about_cells
 from corematching.results.figures.canvas import STYLE, ShownFigure, finish, new_figure
 from corematching.results.figures.text import name_of, shown, width, wrapped

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from corematching.results.accuracy import benchmark_order, title
+from corematching.results.titles import benchmark_order, title
 from corematching.results.figures.about import about_cells
 from corematching.results.figures.canvas import STYLE, ShownFigure, finish, hollow, key, new_figure
 from corematching.results.figures.looks import styles
