@@ -57,7 +57,7 @@ def accuracy_table(group: pd.DataFrame, suffix: str = "", notes: Sequence[str] =
     """Methods and budgets by benchmarks, with the mean share of dense, visual tokens per layer and FLOPs."""
     benchmarks = benchmark_order(group["benchmark"])
     factor, unit = unit_scale(group["flops_total"], FLOPS_UNITS)
-    cells, dense = _by_row(group), _dense_values(group)
+    cells, dense = _by_row(group), dense_values(group)
     rows = []
     for method in methods_of(group).itertuples():
         own = cells[method.row]
@@ -121,7 +121,7 @@ def ablation_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
     if not any(varied_parameters(list(own)) for _, own in variants.groupby("method_name")["parameters"]):
         return None  # a sweep over keep, which the scaling table shows
     benchmarks = benchmark_order(group["benchmark"])
-    cells, dense = _by_row(group), _dense_values(group)
+    cells, dense = _by_row(group), dense_values(group)
     ordered = [*methods_of(group[group["method_name"] == "dense"]).itertuples(), *variants.itertuples()]
     rows = []
     for method in ordered:
@@ -188,7 +188,7 @@ def _detail(cell: dict) -> str:
 
 def accuracy_shares(group: pd.DataFrame) -> dict[str, float]:
     """Mean share of dense (%) per row key, for the rows that have a score wherever dense has one."""
-    dense = _dense_values(group)
+    dense = dense_values(group)
     entries = {row: _share(own, dense) for row, own in _by_row(group).items()}
     return {row: entry.value for row, entry in entries.items() if entry.value is not None}
 
@@ -201,7 +201,7 @@ def _by_row(group: pd.DataFrame) -> dict[str, dict[str, dict]]:
     return cells
 
 
-def _dense_values(group: pd.DataFrame) -> dict[str, float]:
+def dense_values(group: pd.DataFrame) -> dict[str, float]:
     """Dense scores that shares can be taken of: not of metrics that are computed from a part of their subtasks."""
     whole = (group["status"] == "done") & (group["value"] > 0) & (group["partial"] == "")
     done = group[whole & (group["method_name"] == "dense")]

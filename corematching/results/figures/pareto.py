@@ -11,15 +11,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from corematching.results.accuracy import accuracy_shares, methods_of
+from corematching.results.accuracy import accuracy_shares, dense_values, methods_of
 from corematching.results.figures.about import about_cells
 from corematching.results.figures.canvas import STYLE, ShownFigure, finish, hollow, key, new_figure
 from corematching.results.figures.looks import styles
 from corematching.results.figures.text import name_of
 from corematching.results.tables import FLOPS_UNITS, budget, unit_scale
 
-#: Half of a 95 % interval in standard errors.
-NORMAL = 1.96
 #: Hollow markers nearer than this would be taken for one; in points of the page.
 APART = 4.5
 
@@ -62,15 +60,14 @@ def _latencies(cells: pd.DataFrame, efficiency: pd.DataFrame | None) -> Mapping[
 
 
 def _halves(cells: pd.DataFrame) -> dict[str, float]:
-    """Half of each row's interval: benchmarks' paired standard errors, as shares of dense, averaged as independent."""
-    dense = cells[(cells["method_name"] == "dense") & (cells["status"] == "done") & (cells["value"] > 0)]
-    base = dict(zip(dense["benchmark"], dense["value"], strict=True))
+    """Half of each row's interval: of the benchmarks' paired intervals, as shares of dense, averaged as independent."""
+    base = dense_values(cells)
     halves = {}
     for row, own in cells.groupby("row", sort=False):
-        errors = dict(zip(own["benchmark"], own["standard_error"], strict=True))
-        squares = [(errors.get(name, math.nan) / value) ** 2 for name, value in base.items()]
-        if squares and sum(squares) > 0:  # false for NaN: one benchmark without an error leaves the mean without one
-            halves[str(row)] = 100 * NORMAL * math.sqrt(sum(squares)) / len(squares)
+        widths = dict(zip(own["benchmark"], own["difference_high"] - own["difference_low"], strict=True))
+        squares = [(widths.get(name, math.nan) / 2 / value) ** 2 for name, value in base.items()]
+        if squares and sum(squares) > 0:  # false for NaN: a benchmark without an interval leaves the mean without one
+            halves[str(row)] = 100 * math.sqrt(sum(squares)) / len(squares)
     return halves
 
 
