@@ -32,6 +32,7 @@ from corematching.efficiency.latency import (
     in_turns,
 )
 from corematching.efficiency.peaks import measure_peaks
+from corematching.engine.cache import conversation_of
 from corematching.engine.compiled import EagerDecoder, decoder_of, prefill
 from corematching.engine.ffn import SlicedFFN
 from corematching.models.families import family_of
@@ -69,7 +70,7 @@ def decode(model: Any, inputs: dict, options: argparse.Namespace) -> None:
     """
     with build_method("core_neurons", keep=0.4)(model) as trace, torch.inference_mode():
         cache, token = prefill(model, inputs)
-        state = model._corematching.states[cache]
+        state = conversation_of(cache).state
         static = decoder_of(model, inputs, cache, token, 4 * options.output_tokens, "compiled")
         mlps = [layer.mlp for layer in family_of(model.config).decoder(model).layers]
         every = torch.arange(model.config.text_config.intermediate_size)

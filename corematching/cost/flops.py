@@ -77,12 +77,17 @@ def flops(config: Any, trace: Trace | SampleTrace | Iterable[SampleTrace]) -> Fl
 
 def _sample_flops(config: Any, sample: SampleTrace) -> Flops:
     text = config.text_config
-    prefill = sum(_layer_flops(text, tokens, tokens, text.intermediate_size) for tokens in sample.llm_tokens)
+    past = sample.past_kv or [0] * len(sample.llm_tokens)
+    prefill = sum(
+        _layer_flops(text, tokens, tokens + before, text.intermediate_size)
+        for tokens, before in zip(sample.llm_tokens, past, strict=True)
+    )
+    ran = sample.prefills > 0  # a copied KV cache goes on without its prompt
     return Flops(
-        vision=_vision_flops(config, sample),
-        projector=_projector_flops(config, sample.projected_tokens),
-        prefill=prefill,
-        decode=decode_flops(config, sample, sample.decode_steps),
+        vision=_vision_flops(config, sample) if ran else 0.0,
+        projector=_projector_flops(config, sample.projected_tokens) if ran else 0.0,
+        prefill=prefill * sample.prefills,
+        decode=decode_flops(config, sample, sample.decode_steps, sample.decode_reach),
         lm_head=2.0 * text.hidden_size * text.vocab_size * sample.head_positions,
         overhead=sample.overhead_flops + _guide_flops(sample),
     )
@@ -95,14 +100,22 @@ def _guide_flops(sample: SampleTrace) -> float:
     return passes + sample.guide.scoring_flops
 
 
-def decode_flops(config: Any, sample: SampleTrace, steps: int) -> float:
-    """FLOPs of the decoder layers for ``steps`` tokens after this sample's prefill (without lm_head)."""
+def decode_flops(config: Any, sample: SampleTrace, steps: int, reach: int | None = None) -> float:
+    """FLOPs of the decoder layers for ``steps`` tokens after this sample's prefill (without lm_head).
+
+    Parameters
+    ----------
+    reach
+        Sum over these tokens of the rows behind the prefill's that each attends to; None: one token after the other.
+    """
+    if reach is None:
+        reach = steps * (steps + 1) // 2
     text = config.text_config
     total = 0.0
     for kv, neurons in zip(sample.kv_lengths, sample.neurons, strict=True):
         width = sample.ffn_width(neurons, text.intermediate_size, steps)
-        # Step t attends to kv + t rows, itself included; the attention term is linear in that length.
-        average_kv = kv + (steps + 1) / 2
+        # The attention term is linear in the number of rows, so their average is enough.
+        average_kv = kv + reach / steps if steps else kv
         total += steps * _layer_flops(text, 1, average_kv, width)
     return total
 

@@ -67,8 +67,8 @@ class CapturedPrefill:
 
     def begin(self, length: int) -> None:
         """A prompt of ``length`` tokens comes; it may overwrite what others still have to choose neurons from."""
-        for cache in list(self.session.undecided):
-            self.session.choose_neurons(cache)
+        for talk in list(self.session.undecided):
+            self.session.choose_neurons(talk)
         self._now = self._lengths.setdefault(length, _Length())
         self._lengths.move_to_end(length)
         if len(self._lengths) > MOST_LENGTHS:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from corematching.engine.cache import conversation_of
 from corematching.engine.captured import WARM_UPS
 from corematching.engine.ffn import SlicedFFN
 from corematching.errors import UserError
@@ -77,8 +78,11 @@ def decoder_of(
     kernel = session.decoder.config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise UserError(f"engine='compiled' does not support attention kernel {kernel!r}: choose from sdpa, eager")
-    session.choose_neurons(cache)
-    state = session.states[cache]
+    talk = conversation_of(cache)
+    if talk is None or talk.state is None:
+        raise UserError("engine='compiled' continues prompts that prefill() ran in the same method's context")
+    session.choose_neurons(talk)
+    state = talk.state
     room = max(room, WARM_UPS)  # capturing writes that many rows
     key = signature(state, cache, room)
     decoder = session.decoders.get(key)
@@ -218,8 +222,7 @@ class StaticDecoder:
         if self.left == 0:
             raise RuntimeError(f"the KV buffers were made for {self.room} steps and are full")
         self.left -= 1
-        self.state.seen += 1
-        self.state.decode_steps += 1
+        self.state.decode(1, self.state.decode_steps)
         if self._replay is None:
             self._advance()
         else:

@@ -5,6 +5,9 @@ A neuron of a gated FFN is one row of the gate weight, one row of the up weight 
 whole rows, where they lie, inside the matrix-vector product (:mod:`corematching.kernels`). What no kernel covers (half
 precision on a CPU, several tokens at once) gathers them once per prompt into buffers that outlive it, and on a CPU only
 when the answer is long enough to repay that.
+
+Rows may be read past the modules only where that gives what the modules compute: :func:`sliceable`. Under adapters,
+quantisation or offloading the FFN is computed whole, through its modules, with unchosen activations zeroed.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from corematching import kernels
@@ -38,8 +41,10 @@ def neuron_major(mlp: Any) -> Callable[[], None]:
     -------
     A function that restores the original storage order, and with it bit-identical results.
     """
+    if is_streamed(mlp) or not sliceable(mlp):
+        return lambda: None
     down = mlp.down_proj.weight
-    if is_streamed(mlp) or down.data.t().is_contiguous() or kernels.fits_cache(mlp):
+    if down.data.t().is_contiguous() or kernels.fits_cache(mlp):
         return lambda: None
     with torch.inference_mode(False), torch.no_grad():
         down.data = down.data.t().contiguous().t()
@@ -49,6 +54,10 @@ def neuron_major(mlp: Any) -> Callable[[], None]:
             down.data = down.data.contiguous()
 
     return restore
+
+
+COLUMNS_AT_ONCE = 1024
+"""Neurons whose down weights are found out at a time."""
 
 
 @dataclass
@@ -125,6 +134,9 @@ class SlicedFFN:
         out = (self.mlp.act_fn(gate) * up) @ rows.down
         return out if self.mlp.down_proj.bias is None else out + self.mlp.down_proj.bias
 
+    def take(self, rows: Tensor) -> None:
+        """All samples of the batch share these neurons, whichever they are."""
+
     @property
     def capturable(self) -> bool:
         """Whether repeating its kernels for another prompt's neurons, copied into ``index`` or its rows, is enough."""
@@ -164,27 +176,39 @@ class SlicedFFN:
 
 
 class MaskedFFN:
-    """The dense FFN with unchosen activations zeroed, for batches whose samples chose different neurons.
+    """The dense FFN, through its modules, with unchosen activations zeroed.
 
-    Mathematically what :class:`SlicedFFN` computes for each sample, but nothing is saved.
+    Mathematically what :class:`SlicedFFN` computes for each sample, but nothing is saved. For batches whose samples
+    chose different neurons (mode "masked") and for weights that cannot be sliced (mode "whole").
+
+    Parameters
+    ----------
+    mlp
+        Module with ``gate_proj``, ``up_proj``, ``down_proj`` and ``act_fn``.
+    index
+        Long [B, k]: each sample's neurons.
     """
 
-    mode = "masked"
     masked_steps = 0
     most_steps: int | None = None
     rows = None
     capturable = False
 
-    def __init__(self, mlp: Any, index: Tensor) -> None:
+    def __init__(self, mlp: Any, index: Tensor, mode: str = "masked") -> None:
         self.mlp = mlp
-        width = mlp.gate_proj.weight.shape[0]
-        self.mask = torch.zeros(index.shape[0], 1, width, dtype=mlp.gate_proj.weight.dtype, device=index.device)
-        self.mask.scatter_(2, index[:, None], 1)
+        self.mode = mode
+        width = mlp.gate_proj.out_features
+        self.mask = torch.zeros(index.shape[0], 1, width, dtype=torch.bool, device=index.device)
+        self.mask.scatter_(2, index[:, None], True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, q, d] -> [B, q, d]."""
         mlp = self.mlp
         return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) * self.mask)
+
+    def take(self, rows: Tensor) -> None:
+        """The batch is now made of these rows (long) of what it was."""
+        self.mask = self.mask.index_select(0, rows.to(self.mask.device))
 
     def check_rows(self) -> None:
         """Has none."""
@@ -205,6 +229,8 @@ class FFNBuilder:
 
     def __call__(self, mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
         """The FFN of one prompt for neuron sets [B, k]; sliced when every row (one sample, or its beams) agrees."""
+        if not sliceable(mlp):
+            return MaskedFFN(mlp, index, "whole")
         if not _rows_agree(index):
             return MaskedFFN(mlp, index)
         if is_streamed(mlp):
@@ -216,6 +242,8 @@ class FFNBuilder:
 
     def once(self, mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
         """The FFN of one single step, for methods that choose anew for every token."""
+        if not sliceable(mlp):
+            return MaskedFFN(mlp, index, "whole")
         weight = mlp.gate_proj.weight
         too_many = _copies(mlp, index) and steps_to_repay(index.shape[1] / weight.shape[0]) > 1
         if is_streamed(mlp) or not _rows_agree(index) or too_many:
@@ -231,6 +259,55 @@ class FFNBuilder:
         if rows is None or len(rows.down) != count:
             rows = self._rows[id(mlp)] = Rows.like(mlp, count)
         return rows
+
+
+def sliceable(mlp: Any) -> bool:
+    """Whether reading weight rows gives what an FFN's modules compute: plain resident linear layers, nothing around.
+
+    Not so under adapters (PEFT), quantised linears, weights that accelerate loads when they are needed, tensor
+    subclasses such as DTensor, parametrisations, and hooks of others that may change what goes in or comes out.
+    """
+    parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return all(_is_plain(linear) for linear in parts) and not any(map(_is_hooked, (*parts, mlp.act_fn)))
+
+
+def _is_plain(linear: Any) -> bool:
+    weight = getattr(linear, "weight", None)
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in vars(linear)
+        and type(weight) is nn.Parameter
+        and weight.is_floating_point()
+        and weight.device.type != "meta"
+    )
+
+
+def _is_hooked(module: Any) -> bool:
+    """Whether somebody else's hooks hang on a module."""
+    hooks = [*getattr(module, "_forward_hooks", {}).values(), *getattr(module, "_forward_pre_hooks", {}).values()]
+    return not all(_is_ours(hook) for hook in hooks)
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("corematching.")
+
+
+def down_weight(mlp: Any, like: Tensor) -> Tensor:
+    """[d, I] what an FFN's down projection multiplies activations like these with.
+
+    Its weight or, where that may not be read past the module, what comes out when one neuron at a time is active.
+    """
+    down = mlp.down_proj
+    if sliceable(mlp):
+        return down.weight
+    width, columns = down.in_features, []
+    for start in range(0, width, COLUMNS_AT_ONCE):
+        neurons = torch.arange(start, min(start + COLUMNS_AT_ONCE, width), device=like.device)
+        one_hot = like.new_zeros(1, len(neurons) + 1, width)
+        one_hot[0, torch.arange(len(neurons)), neurons] = 1
+        answers = down(one_hot)[0]
+        columns.append(answers[:-1] - answers[-1])  # the last row is the bias, if there is one
+    return torch.cat(columns).t()
 
 
 def is_streamed(mlp: Any) -> bool:

@@ -26,9 +26,10 @@ _INPUTS = ("input_ids", "attention_mask", "pixel_values")
 _NOT_GREEDY = (
     *("do_sample", "temperature", "top_p", "top_k", "num_beams", "num_return_sequences", "length_penalty"),
     *("streamer", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions"),
-    *("output_hidden_states", "past_key_values", "cache_implementation"),
+    *("output_hidden_states", "past_key_values", "cache_implementation", "use_cache"),
+    *("prompt_lookup_num_tokens", "assistant_model", "assistant_tokenizer", "num_assistant_tokens"),
 )
-_NEEDS_THE_GUIDED_MODEL = ("return_dict_in_generate", "num_return_sequences", "streamer")
+_NEEDS_THE_GUIDED_MODEL = ("return_dict_in_generate", "num_return_sequences", "streamer", "past_key_values")
 """What ``generate`` cannot give for prompts that only the guide answers."""
 
 
@@ -139,11 +140,17 @@ class Guidance:
     def select(self, view: LayerView) -> Keep | None:
         """The stage's decision; outside ``generate``, the guide reads the prompt now."""
         reading, rows = self.reading, self.rows
+        current = self.session.current
+        if current is not None and current.past[0].rows:
+            raise UserError(
+                f"{self.session.name} cannot reduce a new image in a later turn: its guide has not read the "
+                "conversation; begin a new one"
+            )
         if reading is None:
             reading = self.read(self.inputs, None)
             rows = list(range(len(reading.scores)))
-        if self.session.current is not None:
-            self.session.current.guide = lambda: [reading.traces()[row] for row in rows]
+        if current is not None:
+            current.guide = lambda: [reading.traces()[row] for row in rows]
         return self._decide(reading.scores[rows], self.stage.select, view)
 
     def _decide(
@@ -223,7 +230,7 @@ class Guidance:
             given["input_ids"] = given["input_ids"] if inputs is None else inputs
             if given["pixel_values"] is None:
                 return stock(**{name: value for name, value in given.items() if value is not None}, **options)
-            refused = [name for name in _NEEDS_THE_GUIDED_MODEL if options.get(name)]
+            refused = [name for name in _NEEDS_THE_GUIDED_MODEL if options.get(name) not in (None, False)]
             if options.get("num_return_sequences") == 1:
                 refused.remove("num_return_sequences")
             if self.stage.early_exit is not None and refused:
@@ -232,7 +239,10 @@ class Guidance:
             image_token = self.family.image_token_id(self.model.config)
             greedy["suppress_tokens"] = [*(options.get("suppress_tokens") or []), image_token]
             given = {name: value for name, value in given.items() if value is not None}
-            reading = self.read(given, {**greedy, "do_sample": False, "num_beams": 1})
+            past = options.get("past_key_values")
+            if past is not None and past.get_seq_length() > 0:  # nothing to read: the stage refuses a new image
+                return stock(**given, **options)
+            reading = self.read(given, {**greedy, "do_sample": False, "num_beams": 1, "use_cache": True})
             return self._finish(stock, given, options, reading)
 
         return guided

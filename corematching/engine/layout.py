@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from corematching.methods.base import Keep, Replace
+
+
+@dataclass(frozen=True)
+class Past:
+    """What one layer's KV cache held before a turn."""
+
+    rows: int = 0
+    valid: Tensor | None = None
+    """Bool [B, rows]; None when all are."""
+    shift: Tensor | None = None
+    """Long [B, 1]: how far the layer's positions lie below the original ones; None = 0."""
+    lengths: tuple[int, ...] = ()
+    """Valid rows per sample; empty: none."""
+
+
+NO_PAST = Past()
+"""Of a first turn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +44,30 @@ class Layout:
     """Valid tokens per sample, on the host."""
     visual_counts: list[int]
     """Visual tokens per sample, on the host."""
+    start: Tensor | None = None
+    """Long [B, 1]: position id of each sample's first token; None = 0."""
 
     @classmethod
-    def of_prompt(cls, input_ids: Tensor, valid: Tensor, positions: Tensor, image_token_id: int) -> Layout:
+    def of_prompt(
+        cls,
+        input_ids: Tensor,
+        valid: Tensor,
+        positions: Tensor,
+        image_token_id: int,
+        start: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> Layout:
         """Layout before any reduction; synchronises once to learn the counts."""
         is_visual = (input_ids == image_token_id) & valid
         index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         return cls(
-            source=index.masked_fill(~valid, -1),
+            source=(index if source is None else source).masked_fill(~valid, -1),
             visual_id=(is_visual.long().cumsum(1) - 1).masked_fill(~is_visual, -2),
             positions=positions.expand_as(input_ids),
             valid=valid,
             lengths=valid.sum(1).tolist(),
             visual_counts=is_visual.sum(1).tolist(),
+            start=start,
         )
 
     @property
@@ -92,12 +120,13 @@ class Layout:
             valid=valid,
             lengths=lengths,
             visual_counts=visual_counts,
+            start=self.start,
         )
 
     def renumbered(self) -> Layout:
-        """The same tokens with position ids 0..length-1."""
+        """The same tokens with consecutive position ids, from ``start`` on."""
         positions = (self.valid.long().cumsum(1) - 1).clamp(min=0)
-        return Layout(self.source, self.visual_id, positions, self.valid, self.lengths, self.visual_counts)
+        return replace(self, positions=positions if self.start is None else positions + self.start)
 
     def replace(self, decision: Replace, hidden: Tensor, renumber: bool) -> tuple[Layout, Tensor]:
         """Apply a :class:`Replace`: text tokens and the new visual tokens, ordered by the slots these take."""
@@ -125,12 +154,32 @@ class Layout:
             valid=stays,
             lengths=lengths,
             visual_counts=counts,
+            start=self.start,
         )
         layout = merged._take(order, lengths, counts)
         if renumber:
             layout = layout.renumbered()
         together = torch.cat([hidden, new.to(hidden.dtype)], 1)
         return layout, together.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def joined(past: Past, valid: Tensor | None, rows: int = 0) -> Tensor | None:
+    """Bool [B, past + new] of earlier rows and new ones; None when all are valid.
+
+    Parameters
+    ----------
+    valid
+        Bool [B, new]; None when all are.
+    rows
+        How many new ones there are, if ``valid`` is None.
+    """
+    if past.valid is None and (valid is None or past.rows == 0):
+        return valid
+    known = past.valid if valid is None else valid
+    assert known is not None
+    before = past.valid if past.valid is not None else known.new_ones(known.shape[0], past.rows)
+    new = valid if valid is not None else known.new_ones(known.shape[0], rows)
+    return torch.cat([before, new], 1)
 
 
 def _last_true(mask: Tensor, width: int, from_front: bool = False) -> Tensor:

@@ -10,7 +10,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from corematching.engine.layout import Layout
+from corematching.engine.cache import Conversation, Rows, trace_layers
+from corematching.engine.layout import NO_PAST, Layout, Past, joined
 from corematching.engine.state import PromptState
 from corematching.engine.views import AttentionSignals, FFNSignals, KVSignals, LayerSignals, Prompt
 from corematching.errors import UserError
@@ -29,58 +30,166 @@ def forward(
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
-    """Stands in for the text decoder's ``forward`` while a method is installed."""
+    """Stands in for the text decoder's ``forward`` while a method is installed.
+
+    The tokens are a turn's prompt, decoded tokens, or one after the other (a prompt with the first candidates of
+    speculative decoding, or with what was generated so far when there is no KV cache).
+    """
     decoder = session.decoder
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise UserError("static caches are not supported while a method is installed: use the default (dynamic) cache")
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
+        raise UserError(
+            "attention_mask must be a 2D padding mask while a method is installed (static caches make others: use the "
+            "default, dynamic cache)"
+        )
     if use_cache is None:
         use_cache = decoder.config.use_cache
-    if use_cache and past_key_values is None:
-        past_key_values = DynamicCache(config=decoder.config)
-    state = session.states.get(past_key_values) if past_key_values is not None else None
-    if state is None and past_key_values is not None and past_key_values.get_seq_length() > 0:
-        raise UserError("a KV cache filled outside the method's context cannot be continued inside it")
-    run = _prefill if state is None else _decode
-    hidden = run(session, state, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs)
-    return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden), past_key_values=past_key_values)
-
-
-def _prefill(session, state, hidden, attention_mask, position_ids, cache, use_cache, kwargs) -> Tensor:
-    decoder = session.decoder
+    cache = past_key_values
+    if cache is None and use_cache:
+        cache = DynamicCache(config=decoder.config)
+    talk = session.conversation(cache)
+    length = inputs_embeds.shape[1]
+    prompt = session.prompt_tokens(length, talk, cache)
+    kept = cache
+    if cache is None and prompt < length:
+        cache = DynamicCache(config=decoder.config)  # of this pass only
     if position_ids is None:
-        position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    mask = create_causal_mask(
-        config=decoder.config,
-        inputs_embeds=hidden,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        position_ids=position_ids,
-    )
-    rope = decoder.rotary_emb(hidden, position_ids=position_ids)
-    state, prompt = session.begin(hidden, attention_mask, position_ids, cache)
-    layout, previous = state.prompt, None
-    hidden, layout = session.vision_tokens(state, prompt, hidden, layout)
-    alone = mask is None and len(hidden) == 1 and cache is not None
-    captured = session.captured_prefill(hidden.shape[1]) if alone else None
+        position_ids = torch.arange(length, device=inputs_embeds.device)[None] + (talk.seen if talk else 0)
+    parts = []
+    if prompt:
+        masked = attention_mask
+        if masked is not None:
+            masked = masked[:, : masked.shape[1] - length + prompt]
+        hidden, talk = _prefill(
+            session, talk, inputs_embeds[:, :prompt], masked, position_ids[:, :prompt], cache, use_cache, kwargs
+        )
+        parts.append(hidden)
+    if prompt < length:
+        assert talk is not None
+        parts.append(_decode(session, talk, inputs_embeds[:, prompt:], position_ids[:, prompt:], cache, kwargs))
+    session.finish_pass(talk, kept)
+    hidden = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden), past_key_values=kept)
+
+
+# -------------------------------------------------------------------------------------------------------------- prefill
+def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cache, kwargs) -> tuple:
+    """Run a turn's prompt: hidden states, and the conversation (None without a cache)."""
+    decoder, length = session.decoder, hidden.shape[1]
+    past = pasts(talk, cache, attention_mask, decoder.config.num_hidden_layers)
+    own = attention_mask if attention_mask is None else attention_mask[:, -length:]
+    order = _padding_first(own) if session.acts else None
+    if order is not None:
+        hidden, own, position_ids = _along(hidden, order), own.gather(1, order), _along(position_ids, order)
+    state, prompt = session.begin(hidden, own, position_ids, talk, past, order)
+    if cache is not None:
+        if talk is None:
+            talk = session.follow(Conversation(session))
+            trace_layers(cache, talk, decoder.config.num_hidden_layers)
+        talk.state = state
+        session.undecided.pop(talk, None)
+    layout, previous, context, known = state.prompt, None, None, None
+    hidden, layout = session.vision_tokens(state, prompt, hidden, layout, cached=cache is not None)
+    captured = session.captured_prefill(length) if _alone(cache, past, own, hidden) else None
     for run in captured.runs if captured else _one_by_one(decoder.config.num_hidden_layers):
         for stage in session.before[run.start]:
             hidden, layout = _reduce(session, stage, state, prompt, hidden, layout, previous, cache)
-        if layout is not (state.layouts[-1] if state.layouts else state.prompt):
-            mask = _reduced_mask(decoder.config, hidden, layout)
-            position_ids = layout.positions
-            rope = decoder.rotary_emb(hidden, position_ids=position_ids)
         for _ in run:
             state.enter(layout)
+        now = (id(layout), *map(id, (past[run.start].shift, state.kv_valid[run.start])), past[run.start].rows)
+        if now != known:
+            context, known = _context(decoder, hidden, layout, run.start, state, own, position_ids, cache), now
+        mask, positions, rope = context
         if captured:
-            entered, hidden = captured(run, hidden, rope, position_ids, cache)
+            entered, hidden = captured(run, hidden, rope, positions, cache)
         else:
             entered, hidden = run_layers(
-                decoder, run, hidden, mask, rope, position_ids, cache, use_cache=use_cache, **kwargs
+                decoder, run, hidden, mask, rope, positions, cache, use_cache=use_cache, **kwargs
             )
-        previous = AttentionSignals(decoder.layers[run[-1]], entered, layout, decoder.rotary_emb, state.ledger)
+        previous = _signals(session, run[-1], entered, layout, state, cache)
         for index in run:
-            _after_layer(session, index, state, prompt, previous, cache)
-    return hidden
+            _after_layer(session, index, state, prompt, previous, cache, talk)
+    if talk is not None:
+        talk.seen += length
+        talk.prefilled = talk.seen
+        talk.reduced = talk.reduced or any(rows != talk.seen for rows in state.kv_rows)
+        talk.reduced = talk.reduced or any(shift is not None for shift in state.shifts)
+    if order is not None and layout is state.prompt:  # every token back to where it was given
+        hidden = torch.empty_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden)
+    session.finish_prefill(state, layout)
+    return hidden, talk
+
+
+def _padding_first(mask: Tensor | None) -> Tensor | None:
+    """Long [B, n] that brings padding (of later turns in a batch, or on the right) to the front; None if it is there.
+
+    Whatever drops tokens expects left padding, as generation does.
+    """
+    if mask is None:
+        return None
+    valid = mask.bool()
+    if not bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+        return None
+    return valid.to(torch.int8).argsort(dim=1, stable=True)
+
+
+def _along(values: Tensor, order: Tensor) -> Tensor:
+    """Rows of [B or 1, n, ...] in another order."""
+    values = values.expand(order.shape[0], *values.shape[1:])
+    return values.gather(1, order if values.dim() == 2 else order[..., None].expand_as(values))
+
+
+def _alone(cache: Any, past: list[Past], own: Tensor | None, hidden: Tensor) -> bool:
+    """Whether a prompt runs by itself: nothing before it, beside it or masked in it."""
+    return cache is not None and own is None and len(hidden) == 1 and past[0].rows == 0
+
+
+def pasts(talk: Conversation | None, cache: Any, attention_mask: Tensor | None, depth: int) -> list[Past]:
+    """Per layer: what the cache holds before a turn; decoded rows that the attention mask hides are not valid."""
+    if talk is None or talk.state is None:
+        return [NO_PAST] * depth
+    state, decoded = talk.state, talk.decoded
+    tail = None
+    if attention_mask is not None and decoded:
+        tail = attention_mask[:, talk.prefilled : talk.seen].bool()
+        tail = None if bool(tail.all()) else tail
+    order = list(range(len(state.kv_lengths[0]))) if state.order is None else state.order.tolist()
+    counted = [decoded] * len(order) if tail is None else tail.sum(1).tolist()
+    known: dict[tuple, Past] = {}
+    for layer in range(depth):
+        rows, valid, shift = cache.layers[layer].rows, state.kv_valid[layer], state.shifts[layer]
+        lengths = tuple(
+            min(rows, state.kv_lengths[layer][row] + more) for row, more in zip(order, counted, strict=True)
+        )
+        key = (rows, id(valid), id(shift), lengths)
+        if key not in known:
+            before = rows - decoded
+            first = Past(before, None if valid is None else valid[:, :before])
+            known[key] = Past(rows, joined(first, tail, decoded), shift, lengths)
+        known[layer,] = known[key]
+    return [known[layer,] for layer in range(depth)]
+
+
+def _context(decoder, hidden, layout, layer, state, own, position_ids, cache) -> tuple:
+    """Mask, position ids and rotary embedding of a layer's prefill."""
+    past = state.past[layer]
+    if layout is state.prompt and past.rows == 0:
+        mask = _causal_mask(decoder.config, hidden, own, 0 if cache is not None else None, position_ids)
+        positions = position_ids
+    else:
+        mask = _causal_mask(decoder.config, hidden, state.kv_valid[layer], past.rows)
+        positions = layout.positions if past.shift is None else layout.positions - past.shift
+    return mask, positions, decoder.rotary_emb(hidden, position_ids=positions)
+
+
+def _causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, rows: int | None, positions: Any = None) -> Any:
+    """The causal mask of some tokens behind so many KV rows, in the form the attention implementation wants."""
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=valid,
+        past_key_values=None if rows is None else Rows(rows),  # type: ignore[arg-type]
+        position_ids=positions,
+    )
 
 
 def run_layers(
@@ -105,13 +214,14 @@ def _one_by_one(depth: int) -> list[range]:
     return [range(index, index + 1) for index in range(depth)]
 
 
-def _reduced_mask(config: Any, hidden: Tensor, layout: Layout) -> Any:
-    """The causal mask of a reduced sequence, in the form the attention implementation wants."""
-    return create_causal_mask(
-        config=config,
-        inputs_embeds=hidden,
-        attention_mask=layout.valid if layout.padded else None,
-        past_key_values=None,
+def _signals(session, layer: int, hidden: Tensor, layout: Layout, state: PromptState, cache: Any) -> AttentionSignals:
+    """What a layer's attention can be asked about, from what enters it."""
+    past, past_keys = state.past[layer], None
+    if past.rows:
+        past_keys = cache.layers[layer].keys[:, :, : past.rows]
+    decoder = session.decoder
+    return AttentionSignals(
+        decoder.layers[layer], hidden, layout, decoder.rotary_emb, state.ledger, past=past, past_keys=past_keys
     )
 
 
@@ -128,13 +238,10 @@ def _reduce(
     """Ask one stage for its decision and carry it out."""
     if max(layout.visual_counts) == 0:
         return hidden, layout
-    decoder = session.decoder
-    attention = {
-        stage.layer: AttentionSignals(decoder.layers[stage.layer], hidden, layout, decoder.rotary_emb, state.ledger)
-    }
+    attention = {stage.layer: _signals(session, stage.layer, hidden, layout, state, cache)}
     if previous is not None:
         # Right after its layer ran, the cache holds exactly the keys that layer computed.
-        previous.cached_keys = cached_keys(cache, stage.layer - 1, previous.layout)
+        previous.cached_keys = cached_keys(cache, stage.layer - 1, previous)
         attention[stage.layer - 1] = previous
     view = LayerSignals(
         stage.layer,
@@ -145,7 +252,7 @@ def _reduce(
         attention,
         session.activations.get(stage.layer - 1),
         session.attended.get(stage.layer - 1),
-        decoder.norm,
+        session.decoder.norm,
     )
     with state.ledger.charging([count > 0 for count in layout.visual_counts]):
         decision = stage.select(view)
@@ -160,32 +267,31 @@ def _reduce(
     return hidden, layout
 
 
-def cached_keys(cache: Any, layer: int, layout: Layout) -> Tensor | None:
-    """The layer's keys [B, H_kv, n, hd] if the cache still holds the whole sequence."""
+def cached_keys(cache: Any, layer: int, signals: AttentionSignals) -> Tensor | None:
+    """The layer's keys [B, H_kv, n, hd] of this turn if the cache still holds the whole sequence."""
     if cache is None or len(cache.layers) <= layer:
         return None
-    keys = cache.layers[layer].keys
-    return keys if keys.shape[-2] == layout.valid.shape[1] else None
+    keys, rows = cache.layers[layer].keys, signals.past.rows
+    return keys[:, :, rows:] if keys.shape[-2] == rows + signals.layout.valid.shape[1] else None
 
 
-def _after_layer(
-    session: Session, index: int, state: PromptState, prompt: Prompt, signals: AttentionSignals, cache: Any
-) -> None:
+def _after_layer(session, index: int, state: PromptState, prompt: Prompt, signals, cache, talk) -> None:
     """Carry out the KV and FFN stages of a layer whose prefill is done."""
     activations = session.activations.get(index)
     layout = signals.layout
     for stage in session.choose[index] if cache is not None else ():
         assert activations is not None
-        weight = session.decoder.layers[index].mlp.down_proj.weight
-        session.defer_choice(cache, stage, FFNSignals(index, activations, layout, prompt, weight, state.ledger))
+        mlp = session.decoder.layers[index].mlp
+        session.defer_choice(talk, stage, FFNSignals(index, activations, layout, prompt, mlp, state.ledger))
     if session.after[index] and cache is not None:
         layer_cache = cache.layers[index]
-        signals.cached_keys = layer_cache.keys
+        rows = signals.past.rows
+        signals.cached_keys = layer_cache.keys[:, :, rows:]
         for stage in session.after[index]:
             view = KVSignals(
                 index,
-                layer_cache.keys,
-                layer_cache.values,
+                layer_cache.keys[:, :, rows:],
+                layer_cache.values[:, :, rows:],
                 layout,
                 prompt,
                 state.ledger,
@@ -198,41 +304,50 @@ def _after_layer(
 
 
 def _shrink_kv(decision: KeepKV | ZeroKV | None, state: PromptState, index: int, layer_cache: Any) -> None:
+    """Carry out a decision about the rows of this turn; earlier ones stay."""
+    past = state.past[index]
+    before, keys = layer_cache.keys.tensor_split([past.rows], 2)
+    values_before, values = layer_cache.values.tensor_split([past.rows], 2)
     if isinstance(decision, ZeroKV):
         gone = decision.mask[:, None, :, None]
-        layer_cache.keys = layer_cache.keys.masked_fill(gone, 0)
-        layer_cache.values = layer_cache.values.masked_fill(gone, 0)
+        keys, values = keys.masked_fill(gone, 0), values.masked_fill(gone, 0)
         gone_now = decision.mask.sum(1).tolist()
         state.zeroed_kv = [before + now for before, now in zip(state.zeroed_kv, gone_now, strict=True)]
     elif isinstance(decision, KeepKV):
-        gather = decision.index[..., None].expand(-1, -1, -1, layer_cache.keys.shape[-1])
-        layer_cache.keys = layer_cache.keys.gather(2, gather)
-        layer_cache.values = layer_cache.values.gather(2, gather)
+        gather = decision.index[..., None].expand(-1, -1, -1, keys.shape[-1])
+        keys, values = keys.gather(2, gather), values.gather(2, gather)
         batch, width = decision.index.shape[0], decision.index.shape[2]
-        state.kv_valid[index] = decision.valid
+        state.kv_valid[index] = joined(past, decision.valid, width)
+        state.kv_rows[index] = past.rows + width
         counts = decision.counts
         if counts is None:
             counts = [width] * batch if decision.valid is None else decision.valid.sum(1).tolist()
-        state.kv_lengths[index] = counts
+        state.kv_lengths[index] = [old + new for old, new in zip(past.lengths or [0] * batch, counts, strict=True)]
+    else:
+        return
+    layer_cache.keys = torch.cat([before, keys], 2) if past.rows else keys
+    layer_cache.values = torch.cat([values_before, values], 2) if past.rows else values
 
 
-def _decode(session, state, hidden, attention_mask, position_ids, cache, use_cache, kwargs) -> Tensor:
-    decoder = session.decoder
+# --------------------------------------------------------------------------------------------------------------- decode
+def _decode(session, talk: Conversation, hidden: Tensor, position_ids: Tensor, cache: Any, kwargs: dict) -> Tensor:
+    """Run decoded tokens behind whatever rows each layer holds."""
+    decoder, state = session.decoder, talk.state
     length = hidden.shape[1]
-    if position_ids is None:
-        position_ids = torch.arange(length, device=hidden.device)[None] + state.seen
-    session.choose_neurons(cache)
-    state.seen += length
-    state.decode_steps += length
+    assert state is not None
+    session.choose_neurons(talk)
     contexts: dict[tuple, tuple] = {}
     session.active = state
     try:
         for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
-            valid, shift = state.kv_valid[index], state.shifts[index]
-            kv_length = cache.get_seq_length(index)
-            key = (id(valid), kv_length, id(shift))
+            rows, valid, shift = cache.layers[index].rows, state.kv_valid[index], state.shifts[index]
+            key = (id(valid), rows, id(shift))
             if key not in contexts:
-                contexts[key] = _decode_context(decoder, hidden, attention_mask, position_ids, cache, index, state)
+                if valid is not None:
+                    valid = joined(Past(rows, valid[:, :rows]), None, rows + length - min(rows, valid.shape[1]))
+                mask = _causal_mask(decoder.config, hidden, valid, rows)
+                positions = position_ids if shift is None else position_ids - shift
+                contexts[key] = mask, positions, decoder.rotary_emb(hidden, position_ids=positions)
             mask, positions, rope = contexts[key]
             hidden = layer(
                 hidden,
@@ -240,30 +355,13 @@ def _decode(session, state, hidden, attention_mask, position_ids, cache, use_cac
                 position_embeddings=rope,
                 position_ids=positions,
                 past_key_values=cache,
-                use_cache=use_cache,
+                use_cache=True,
                 **kwargs,
             )
     finally:
         session.active = None
+    session.trace_continuation(state)
+    state.decode(length, talk.decoded)
+    talk.seen += length
+    session.current = state
     return hidden
-
-
-def _decode_context(decoder, hidden, attention_mask, position_ids, cache, index, state) -> tuple:
-    """Mask, position ids and rotary embedding shared by layers with the same KV rows."""
-    untouched = state.layouts[index] is state.prompt and state.kv_lengths[index] == state.prompt.lengths
-    valid, shift = state.kv_valid[index], state.shifts[index]
-    if not untouched:
-        if valid is not None:
-            new = valid.new_ones(valid.shape[0], cache.get_seq_length(index) + hidden.shape[1] - valid.shape[1])
-            valid = torch.cat([valid, new], 1)
-        attention_mask = valid
-    mask = create_causal_mask(
-        config=decoder.config,
-        inputs_embeds=hidden,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        position_ids=position_ids if untouched else None,
-        layer_idx=index,
-    )
-    positions = position_ids if shift is None else position_ids - shift
-    return mask, positions, decoder.rotary_emb(hidden, position_ids=positions)

@@ -78,8 +78,9 @@ class AttentionTap:
         decoded = self.layout.valid.new_ones(len(keys), generated)
         visible = torch.cat([self.layout.valid, decoded], 1)[:, None] & (place <= place[-rows:, None])
         logits = (queries @ keys.transpose(2, 3)).float() * module.scaling
+        projection = module.q_proj.in_features * module.q_proj.out_features
         for row, own in enumerate(self.layout.lengths):
-            each = module.q_proj.weight.numel() + keys.shape[1] * (own + generated) * module.head_dim
+            each = projection + keys.shape[1] * (own + generated) * module.head_dim
             self.flops[-1][row] += 2 * (self.rows[row] if reading else rows) * each
         probabilities = logits.masked_fill(~visible[:, None], torch.finfo(logits.dtype).min).softmax(-1)
         if reading:

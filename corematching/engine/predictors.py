@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corematching import files
-from corematching.engine.ffn import FFNBuilder, SlicedFFN
+from corematching.engine.ffn import FFNBuilder, MaskedFFN, SlicedFFN, sliceable
 from corematching.engine.state import PromptState
 from corematching.errors import UserError
 from corematching.methods.base import PredictNeurons
@@ -56,11 +57,13 @@ def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Pre
         ) from error
     predictors = {}
     for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
-        weight = layer.mlp.gate_proj.weight
+        gate = layer.mlp.gate_proj
         parts = [tensors[name] for name in (f"layers.{index}.{part}" for part in PARTS) if name in tensors]
-        if len(parts) < len(PARTS) or (len(parts[1]), parts[0].shape[1]) != tuple(weight.shape):
+        if len(parts) < len(PARTS) or (len(parts[1]), parts[0].shape[1]) != (gate.out_features, gate.in_features):
             raise UserError(f"predictor={file!r}: {path.name} was made for another model (layer {index} does not fit)")
-        predictors[index] = Predictor(*(part.to(weight) for part in parts))
+        like = gate.weight if sliceable(layer.mlp) else layer.post_attention_layernorm.weight
+        device = "cpu" if like.device.type == "meta" else like.device
+        predictors[index] = Predictor(*(part.to(device, like.dtype) for part in parts))
     return predictors
 
 
@@ -82,10 +85,17 @@ class TokenwiseFFN:
     def __init__(self, mlp: Any, stage: PredictNeurons, predictor: Predictor, build: FFNBuilder) -> None:
         self.mlp, self.stage, self.predictor, self.build = mlp, stage, predictor, build
         self.hot = None if stage.always is None else stage.always(predictor)
-        self._hot_ffn = None if self.hot is None else SlicedFFN(mlp, self.hot)
+        self._hot_ffn: SlicedFFN | MaskedFFN | None = None
+        if self.hot is not None:
+            self._hot_ffn = SlicedFFN(mlp, self.hot) if sliceable(mlp) else MaskedFFN(mlp, self.hot[None], "whole")
 
     def __call__(self, x: Tensor, state: PromptState) -> Tensor:
         """[B, q, d] -> [B, q, d]; notes the last token's choice, and what predicting cost, in ``state``."""
+        if self.predictor.first.device != x.device:  # of a layer whose weights come and go
+            self.predictor = _moved(self.predictor, x.device)
+            self.hot = None if self.hot is None else self.hot.to(x.device)
+            if self._hot_ffn is not None:
+                self._hot_ffn = MaskedFFN(self.mlp, self.hot[None], "whole")  # type: ignore[index]
         tokens = x.flatten(0, 1)
         index = self.stage.predict(tokens, self.predictor).index
         ffn = self.build.once(self.mlp, index)
@@ -93,10 +103,16 @@ class TokenwiseFFN:
         chosen = index
         if self._hot_ffn is not None and self.hot is not None:
             answer = answer + self._hot_ffn(x)
-            if self.mlp.down_proj.bias is not None:
-                answer = answer - self.mlp.down_proj.bias  # both parts added it
+            if getattr(self.mlp.down_proj, "bias", None) is not None:
+                nothing = x.new_zeros(1, 1, self.mlp.down_proj.in_features)
+                answer = answer - self.mlp.down_proj(nothing)  # the bias: both parts added it
             chosen = torch.cat([index, self.hot.expand(len(index), -1)], 1).sort(dim=1).values
         layer = self.stage.layer
         state.neurons[layer], state.ffn[layer] = chosen.unflatten(0, x.shape[:2])[:, -1], ffn
         state.ledger.spend(self.predictor.flops * x.shape[1])
         return answer
+
+
+def _moved(predictor: Predictor, device: torch.device) -> Predictor:
+    tensors = {field.name: getattr(predictor, field.name) for field in fields(predictor)}
+    return replace(predictor, **{n: v.to(device) for n, v in tensors.items() if isinstance(v, Tensor)})

@@ -7,24 +7,27 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.output_capturing import capture_outputs
 
-from corematching.engine import llm
+from corematching.engine import calls, llm
+from corematching.engine.cache import Conversation, check_cache, conversation_of
 from corematching.engine.captured import Capture, CapturedPrefill, cuda_graph
+from corematching.engine.checks import check_model, unwrapped
 from corematching.engine.ffn import FFNBuilder, is_streamed, neuron_major
 from corematching.engine.guide import Guidance
-from corematching.engine.layout import Layout
+from corematching.engine.layout import Layout, Past
 from corematching.engine.predictors import TokenwiseFFN, load_predictors
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
 from corematching.engine.views import FFNSignals, Prompt
 from corematching.engine.vision import TowerRun, image_decision, per_sample, run_tower, stages_of
 from corematching.errors import UserError
-from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Guide, Method, PredictNeurons
+from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Guide, Method, PredictNeurons, Replace
 from corematching.models.families import family_of
 
 MOST_HELD = 2**30
@@ -35,15 +38,18 @@ MOST_HELD = 2**30
 def attach(method: Method, model: Any) -> Iterator[Trace]:
     """Install ``method`` on ``model`` for the duration of the context.
 
-    Works under plain ``model(...)`` and ``model.generate(...)``: greedy, sampling, beam search, left-padded batches,
-    several images per prompt. On exit every replaced attribute and hook is removed. Not re-entrant: one method per
-    model at a time (use :func:`corematching.compose` to join two).
+    Works under plain ``model(...)`` and ``model.generate(...)``: greedy, sampling, beam search, speculative decoding,
+    left-padded batches, several images per prompt, several turns on one KV cache. On exit every replaced attribute and
+    hook is removed. Not re-entrant: one method per model at a time (use :func:`corematching.compose` to join two).
+    A PEFT model is unwrapped: its adapters act inside the layers.
 
     Raises
     ------
     UserError
-        If the method's parameters do not fit the model, or a method is installed already.
+        If the method's parameters do not fit the model, a method is installed already, or the model is wrapped or
+        sharded in a way that methods cannot see through.
     """
+    model = unwrapped(model)
     if getattr(model, "_corematching", None) is not None:
         raise UserError(f"method {model._corematching.method.name!r} is installed already: join methods with compose()")
     session = Session(method, model)
@@ -69,6 +75,8 @@ class Session:
         self.streams = any(is_streamed(layer.mlp) for layer in layers)
         """Whether FFN weights are on the device only while they are used (decided outside the method's context)."""
         stages = list(method.stages(self.geometry))
+        check_model(model, self.decoder, stages)
+        self.acts = bool(stages)
         self.blocks, self.output = stages_of(stages)
         self.before = _by_layer(stages, BeforeLayer)
         self.after = _by_layer(stages, AfterPrefill)
@@ -79,9 +87,13 @@ class Session:
         if self.guide is not None:
             self.before[self.guide.stage.layer].append(BeforeLayer(self.guide.stage.layer, self.guide.select))
         self.trace = Trace()
-        self.states: WeakKeyDictionary[Any, PromptState] = WeakKeyDictionary()
-        self.undecided: WeakKeyDictionary[Any, list[tuple[ChooseNeurons, FFNSignals]]] = WeakKeyDictionary()
-        """By KV cache: choices of neurons that wait for the first decode step."""
+        self.name = method.name or type(method).__name__
+        self.talks: WeakSet[Conversation] = WeakSet()
+        """One per KV cache that is still there."""
+        self.undecided: WeakKeyDictionary[Conversation, list[tuple[ChooseNeurons, FFNSignals]]] = WeakKeyDictionary()
+        """Choices of neurons that wait for the first decode step."""
+        self.call: calls.Call | None = None
+        """The ``generate`` call that runs now."""
         self.decoders: OrderedDict[Any, Any] = OrderedDict()
         """Static decoders by the signature of the prompts they serve (see :mod:`corematching.engine.compiled`)."""
         self.capture: Capture | None = (
@@ -100,7 +112,12 @@ class Session:
         self.attended: dict[int, Tensor] = {}
         """Per layer: what its FFN was given in this prefill."""
         self.input_ids: Tensor | None = None
+        self.final: Layout | None = None
+        """The last layer's sequence, if the latest forward pass ran a prompt that was shortened."""
+        self.logits_to_keep: int | Tensor = 0
         self.tower_run: TowerRun | None = None
+        self.image_hidden: Tensor | None = None
+        """What vision-side methods gave the decoder in the latest forward pass, [visual tokens, d]."""
         self._undo: list[Callable[[], None]] = []
 
     # ------------------------------------------------------------------------------------------------ installation
@@ -108,12 +125,17 @@ class Session:
         base: Any = self.family.base(self.model)
         self._hook(base.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
         self._hook(self.family.head(self.model).register_forward_pre_hook(self._note_head))
-        self._replace(self.decoder, "forward", self._decoder_forward)
+        # Stock code collects hidden states and attentions around the decoder's forward, so ours is wrapped likewise.
+        captured = capture_outputs(lambda decoder, *args, **kwargs: self._decoder_forward(*args, **kwargs))
+        self._replace(self.decoder, "forward", functools.partial(captured, self.decoder))
+        self._replace(self.model, "forward", calls.forward(self, self.model.forward), stacked=True)
+        self._replace(self.model, "generate", calls.generate(self, self.model.generate), stacked=True)
         if self.guide is not None:
             self._hook(base.register_forward_pre_hook(self.guide.note_inputs, with_kwargs=True))
-            self._replace(self.model, "generate", self.guide.generate(self.model.generate))
+            self._replace(self.model, "generate", self.guide.generate(self.model.generate), stacked=True)
         if self.blocks is not None or self.output is not None:
             self._replace(base, "get_image_features", self._image_features(base.get_image_features))
+            self._hook(base.register_forward_hook(self._put_image_hidden))
         wanted = {stage.layer - 1 for stages in self.before.values() for stage in stages if stage.activations}
         wanted |= {stage.layer for stages in self.after.values() for stage in stages if stage.activations}
         wanted |= set(self.choose)
@@ -137,22 +159,31 @@ class Session:
     def remove(self) -> None:
         while self._undo:
             self._undo.pop()()
-        self.states.clear()
+        for talk in self.talks:
+            talk.open = False
+        self.talks.clear()
         self.undecided.clear()
         self.decoders.clear()
         self.activations.clear()
         self.attended.clear()
-        self.tower_run = self.current = self.input_ids = self.captured = None
+        self.tower_run = self.current = self.input_ids = self.captured = self.final = self.image_hidden = None
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
 
-    def _replace(self, module: nn.Module, name: str, function: Callable) -> None:
-        """Shadow a method on one instance; undoing deletes the shadow (nothing else may have shadowed it before)."""
-        if name in vars(module):
+    def _replace(self, module: nn.Module, name: str, function: Callable, stacked: bool = False) -> None:
+        """Shadow a method on one instance; undoing takes the shadow off again.
+
+        Unless ``stacked`` (the new function calls what it shadows), nothing else may have shadowed it before.
+        """
+        before = vars(module).get(name)
+        if before is not None and not stacked:
             raise UserError(f"{type(module).__name__}.{name} is already replaced by something else on this model")
         object.__setattr__(module, name, function)
-        self._undo.append(lambda: object.__delattr__(module, name))
+        if before is None:
+            self._undo.append(lambda: object.__delattr__(module, name))
+        else:
+            self._undo.append(lambda: object.__setattr__(module, name, before))
 
     # ------------------------------------------------------------------------------------------------------- hooks
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -197,6 +228,16 @@ class Session:
 
         return features
 
+    def _put_image_hidden(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Give out the features that went into the decoder instead of the blank ones."""
+        features, self.image_hidden = self.image_hidden, None
+        if features is None:
+            return output
+        if isinstance(output, tuple):
+            return (*output[:-1], features)
+        output.image_hidden_states = features
+        return output
+
     def kv_row_bytes(self, element_size: int) -> int:
         """Bytes of one token's keys and values in one layer."""
         text = self.model.config.text_config
@@ -204,17 +245,58 @@ class Session:
         return 2 * text.num_key_value_heads * head_dim * element_size
 
     # ----------------------------------------------------------------------------------------------------- prefill
+    def conversation(self, cache: Any) -> Conversation | None:
+        """What a KV cache belongs to, None for an empty one.
+
+        Raises
+        ------
+        UserError
+            For caches that cannot be shortened, and for those filled elsewhere.
+        """
+        if cache is None:
+            return None
+        check_cache(cache)
+        talk = conversation_of(cache)
+        if cache.get_seq_length() > 0 and (talk is None or talk.session is not self):
+            raise UserError("a KV cache filled outside the method's context cannot be continued inside it")
+        return talk
+
+    def follow(self, talk: Conversation, like: Conversation | None = None) -> Conversation:
+        """Keep track of a conversation; a copy waits for the same choices as what it was copied from."""
+        self.talks.add(talk)
+        if like is not None and like in self.undecided:
+            self.undecided[talk] = list(self.undecided[like])
+        return talk
+
+    def prompt_tokens(self, length: int, talk: Conversation | None, cache: Any) -> int:
+        """How many of a forward pass's tokens are a prompt; decoded ones follow."""
+        if self.call is not None:
+            return self.call.prompt_tokens(length, talk is not None, cache is not None)
+        return length if talk is None or length > 1 else 0
+
     def begin(
-        self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Any
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        talk: Conversation | None,
+        past: list[Past],
+        order: Tensor | None = None,
     ) -> tuple[PromptState, Prompt]:
-        """Open the state of a new prompt."""
-        ids = self.input_ids
+        """Open the state of a new prompt or turn; ``order`` (long [B, n]): where its tokens stood when they came in."""
+        ids = None if self.input_ids is None else self.input_ids[:, : embeds.shape[1]]
         if ids is None or ids.shape != embeds.shape[:2]:
             raise UserError("pass input_ids (not inputs_embeds): visual tokens are found by their image token id")
+        if order is not None:
+            ids = ids.gather(1, order)
         valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        layout = Layout.of_prompt(ids, valid, position_ids, self.family.image_token_id(self.model.config))
+        start = self._start(position_ids, valid) if past[0].rows else None
+        image_token = self.family.image_token_id(self.model.config)
+        layout = Layout.of_prompt(ids, valid, position_ids, image_token, start, order)
         images = [count // self.geometry.image_tokens for count in layout.visual_counts]
-        state = PromptState(layout, images, seen=embeds.shape[1])
+        earlier = self._earlier(talk)
+        calls.check_context(self.model.config, layout.lengths, earlier)
+        state = PromptState(layout, images, past, earlier)
         state.kv_row_bytes = self.kv_row_bytes(embeds.element_size())
         state.predictor_weights = sum(ffn.predictor.flops / 2 for ffn in self.tokenwise.values())
         depth, patches = (
@@ -223,12 +305,9 @@ class Session:
         )
         state.vision_tokens = state.vision_mlp_tokens = [patches] * depth
         state.projected_tokens = list(layout.visual_counts)
-        if cache is not None:
-            self.states[cache] = state
         self.current = state
         self.activations.clear()
         self.attended.clear()
-        self.trace.defer(state.samples)
         prompt = Prompt(
             ids,
             embeds,
@@ -240,6 +319,43 @@ class Session:
         )
         return state, prompt
 
+    @staticmethod
+    def _start(position_ids: Tensor, valid: Tensor) -> Tensor:
+        """Long [B, 1]: position id of each sample's first token."""
+        return position_ids.expand_as(valid).gather(1, valid.to(torch.int8).argmax(1, keepdim=True))
+
+    @staticmethod
+    def _earlier(talk: Conversation | None) -> list[int]:
+        """Tokens of earlier turns per sample, before any reduction."""
+        if talk is None or talk.state is None:
+            return []
+        state, decoded = talk.state, talk.decoded
+        tokens = state.prompt.lengths
+        if state.past_tokens:
+            tokens = [before + own for before, own in zip(state.past_tokens, tokens, strict=True)]
+        order = range(len(tokens)) if state.order is None else state.order.tolist()
+        return [tokens[row] + decoded for row in order]
+
+    def finish_prefill(self, state: PromptState, final: Layout) -> None:
+        """Everything went well: the prompt enters the trace (a prefill that failed does not)."""
+        self.final = None if final is state.prompt else final
+        if isinstance(self.logits_to_keep, Tensor) and final is not state.prompt:
+            raise UserError(
+                "logits_to_keep as positions is not supported where tokens left the sequence: give a count of last ones"
+            )
+        if self.call is None or not self.call.runs_again:
+            self.trace.defer(state.samples)
+
+    def trace_continuation(self, state: PromptState) -> None:
+        """A copied KV cache's first decoded token opens an entry of its own."""
+        if state.prefills == 0 and state.decode_steps == 0:
+            self.trace.defer(state.samples)
+
+    def finish_pass(self, talk: Conversation | None, cache: Any) -> None:
+        """A forward pass of the decoder is done; without a cache, passes of one ``generate`` are one prompt's."""
+        if self.call is not None:
+            self.current = self.call.finish_pass(self.current, recomputes=cache is None)
+
     def captured_prefill(self, length: int) -> CapturedPrefill | None:
         """Captured runs of layers for a prefill of ``length`` tokens, if it is to be captured and can be."""
         if not self.capturing or self.capture is None or not CapturedPrefill.covers(self):
@@ -250,54 +366,72 @@ class Session:
         return self.captured
 
     def vision_tokens(
-        self, state: PromptState, prompt: Prompt, hidden: Tensor, layout: Layout
+        self, state: PromptState, prompt: Prompt, hidden: Tensor, layout: Layout, cached: bool
     ) -> tuple[Tensor, Layout]:
         """Put the reduced (or, if nothing was reduced, all) vision features into the sequence."""
         if (self.blocks is None and self.output is None) or sum(state.images) == 0:
             return hidden, layout
-        # Taken once: a later prompt must bring its own images, and the tower's states need not outlive prefill.
-        run, self.tower_run = self.tower_run, None
+        # Taken once: a later prompt must bring its own images, and the tower's states need not outlive prefill. Within
+        # one generate call without a cache, the same prompt comes again.
+        run = self.tower_run
+        if self.call is None or cached:
+            self.tower_run = None
         if run is None:
             raise UserError("vision-side methods need pixel_values to pass through the installed model")
-        run.book(prompt, state.images, state.ledger)
+        if run.prompt is None:
+            run.book(prompt, state.images, state.ledger)
+            run.replaced = self._replaced(run)
         total = run.states[0].shape[0]
         state.vision_tokens = [tokens // total for tokens in run.attention_tokens]
         state.vision_mlp_tokens = [tokens // total for tokens in run.mlp_tokens]
-        decision = image_decision(run, self.output)
-        if decision is None:
+        if run.replaced is None:
             rows = torch.tensor([i for own in run.images for i in own], device=hidden.device)
             features = run.projected[rows]
+            self.image_hidden = run.projected.flatten(0, 1)
             return hidden.masked_scatter(prompt.visual_mask[..., None], features.to(hidden.dtype)), layout
+        decision, replaced = run.replaced
+        counts = decision.counts or [decision.origin.shape[1]] * len(decision.origin)
+        self.image_hidden = torch.cat([own[:count] for own, count in zip(decision.hidden, counts, strict=True)])
         renumber = self.output.renumber if self.output is not None else self.blocks.renumber  # type: ignore[union-attr]
-        replaced = per_sample(decision, run.images, self.geometry.image_tokens)
         if not run.projects_all:
             state.projected_tokens = list(replaced.counts or [])
         layout, hidden = layout.replace(replaced, hidden, renumber)
         return hidden, layout
 
+    def _replaced(self, run: TowerRun) -> tuple[Replace, Replace] | None:
+        """What the tower's output becomes per image and per sample; None when nothing was reduced."""
+        decision = image_decision(run, self.output)
+        return decision and (decision, per_sample(decision, run.images, self.geometry.image_tokens))
+
     # --------------------------------------------------------------------------------------------- decode-time neurons
-    def defer_choice(self, cache: Any, stage: ChooseNeurons, signals: FFNSignals) -> None:
+    def defer_choice(self, talk: Conversation, stage: ChooseNeurons, signals: FFNSignals) -> None:
         """Note what a layer's neurons are to be chosen from: an answer of one token need not pay for the choice.
 
         Decided now where memory is short: if weights are streamed, and for batches whose activations would fill it.
         """
-        waiting = self.undecided.setdefault(cache, [])
+        waiting = self.undecided.setdefault(talk, [])
         held = sum(other.activations.nbytes for _, other in waiting) + signals.activations.nbytes
         if self.streams or held > MOST_HELD:
-            self._choose(self.states[cache], stage, signals)
+            self._choose(talk.state, stage, signals)
         else:
             waiting.append((stage, signals))
 
-    def choose_neurons(self, cache: Any) -> None:
+    def choose_neurons(self, talk: Conversation) -> None:
         """Choose the neurons that decoding computes; called before a prompt's first decode step."""
-        for stage, signals in self.undecided.pop(cache, ()):
-            self._choose(self.states[cache], stage, signals)
+        for stage, signals in self.undecided.pop(talk, ()):
+            self._choose(talk.state, stage, signals)
 
-    def _choose(self, state: PromptState, stage: ChooseNeurons, signals: FFNSignals) -> None:
-        chosen = stage.select(signals)
+    def _choose(self, state: PromptState | None, stage: ChooseNeurons, signals: FFNSignals) -> None:
+        assert state is not None
+        outer, self.active = self.active, state  # what a method asks its FFN now is no prefill's activation
+        try:
+            chosen = stage.select(signals)
+        finally:
+            self.active = outer
         if chosen is not None and chosen.index.shape[1] < self.geometry.ffn_width:
             state.neurons[stage.layer] = chosen.index
-            state.ffn[stage.layer] = self.build_ffn(self.decoder.layers[stage.layer].mlp, chosen.index)
+            index = chosen.index if state.order is None else chosen.index[state.order]
+            state.ffn[stage.layer] = self.build_ffn(self.decoder.layers[stage.layer].mlp, index)
 
 
 def _by_layer(stages: list[Any], kind: Any) -> defaultdict[int, list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,33 +11,46 @@ import torch
 from torch import Tensor
 
 from corematching.engine.ffn import MaskedFFN, SlicedFFN
-from corematching.engine.layout import Layout
+from corematching.engine.layout import NO_PAST, Layout, Past, joined
 from corematching.engine.trace import GuideTrace, SampleTrace
 from corematching.engine.views import Ledger
+
+FFN_MODES = ("whole", "masked", "sliced")
+"""How a decode step computes FFNs with chosen neurons; the first that some layer used describes a prompt."""
 
 
 @dataclass
 class PromptState:
-    """One prefill and the decoding that follows it; lives as long as its KV cache."""
+    """One turn: a prefill and the decoding that follows it; lives as long as its KV cache."""
 
     prompt: Layout
-    """The sequence before any reduction."""
+    """The turn's sequence before any reduction."""
     images: list[int]
+    past: list[Past] = field(default_factory=list)
+    """Per layer."""
+    past_tokens: list[int] = field(default_factory=list)
+    """Per sample: tokens of earlier turns, before any reduction."""
     ledger: Ledger = field(init=False)
     layouts: list[Layout] = field(default_factory=list)
     """Per layer: the sequence that entered it."""
     kv_valid: list[Tensor | None] = field(default_factory=list)
-    """Per layer: bool [B, kv] of the prompt's KV rows; None when all are valid."""
+    """Per layer: bool [B, kv] of the KV rows after prefill, earlier turns' first; None when all are valid."""
+    kv_rows: list[int] = field(default_factory=list)
+    """Per layer: KV rows after prefill, padding included."""
     kv_lengths: list[list[int]] = field(default_factory=list)
-    """Per layer and sample: KV rows after prefill."""
+    """Per layer and sample: valid KV rows after prefill."""
     shifts: list[Tensor | None] = field(default_factory=list)
     """Per layer: long [B, 1], how far decode positions lie below the original ones; None = 0."""
     neurons: dict[int, Tensor] = field(default_factory=dict)
     """Per layer: chosen FFN neurons [B, k]."""
     ffn: dict[int, SlicedFFN | MaskedFFN] = field(default_factory=dict)
-    seen: int = 0
-    """Logical tokens so far: the padded prompt and every decoded token."""
+    order: Tensor | None = None
+    """Long: which of the prefill's rows the batch is made of now; None = all, in order."""
     decode_steps: int = 0
+    decode_reach: int = 0
+    """Sum over the decoded tokens of the rows behind the prefill's that each attended to."""
+    discarded_tokens: int = 0
+    prefills: int = 1
     head_positions: list[int] = field(init=False)
     """Per sample: positions for which logits were computed."""
     predictor_weights: float = 0.0
@@ -51,6 +65,7 @@ class PromptState:
     """Bytes of one token's keys and values in one layer."""
     guide: Callable[[], list[GuideTrace | None]] | None = None
     """Reads what a guide model did, one entry per prompt."""
+    _entering: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         samples = len(self.prompt.lengths)
@@ -66,15 +81,74 @@ class PromptState:
 
     def enter(self, layout: Layout) -> None:
         """Note the sequence that enters the next layer; its KV rows follow from it."""
+        layer = len(self.layouts)
+        past = self.past[layer] if self.past else NO_PAST
+        again = layer > 0 and self.layouts[-1] is layout and (not self.past or self.past[layer - 1] is past)
+        if not again:  # one tensor for all layers alike: they share masks, too
+            self._entering = joined(past, layout.valid if layout.padded else None, layout.valid.shape[1])
         self.layouts.append(layout)
-        self.kv_valid.append(layout.valid if layout.padded else None)
-        self.kv_lengths.append(list(layout.lengths))
-        self.shifts.append(None if layout is self.prompt else self._shift(layout))
+        self.kv_rows.append(past.rows + layout.valid.shape[1])
+        self.kv_valid.append(self._entering)
+        before = past.lengths or [0] * len(layout.lengths)
+        self.kv_lengths.append([old + new for old, new in zip(before, layout.lengths, strict=True)])
+        self.shifts.append(self.shifts[-1] if again else self._shift(layout, past))
 
-    def _shift(self, layout: Layout) -> Tensor | None:
-        if len(self.layouts) > 1 and self.layouts[-2] is layout:
-            return self.shifts[-1]
-        return self.prompt.positions[:, -1:] - layout.positions[:, -1:]
+    def _shift(self, layout: Layout, past: Past) -> Tensor | None:
+        if layout is self.prompt:
+            return past.shift
+        own = self.prompt.positions[:, -1:] - layout.positions[:, -1:]
+        return own if past.shift is None else own + past.shift
+
+    # -------------------------------------------------------------------------------------------------------- decoding
+    def decode(self, tokens: int, before: int) -> None:
+        """Count ``tokens`` decoded at once behind ``before`` others."""
+        self.decode_steps += tokens
+        self.decode_reach += tokens * (before + tokens)
+
+    @property
+    def counters(self) -> tuple[int, int, int, list[int], list[float]]:
+        """What decoding counts up."""
+        spent = list(self.ledger.flops)
+        return self.decode_steps, self.decode_reach, self.discarded_tokens, self.head_positions, spent
+
+    @counters.setter
+    def counters(self, values: tuple[int, int, int, list[int], list[float]]) -> None:
+        self.decode_steps, self.decode_reach, self.discarded_tokens, self.head_positions, spent = values
+        self.ledger.flops = list(spent)
+
+    def absorb(self, again: PromptState) -> None:
+        """Book a further run of the same prompt, as every step without a KV cache is one."""
+        self.discarded_tokens = self.decode_steps
+        self.prefills += 1
+        self.decode_steps += again.decode_steps
+        self.decode_reach += again.decode_reach
+        self.ledger.spend(again.ledger.flops)
+        self.neurons, self.ffn = again.neurons, again.ffn
+        self.kv_lengths = again.kv_lengths
+
+    def take(self, rows: Tensor) -> None:
+        """The batch is now made of these rows of what it was (beams were reordered, samples left or repeated)."""
+        moved: dict[int, Tensor] = {}
+
+        def of(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            return moved.setdefault(id(values), values.index_select(0, rows.to(values.device)))
+
+        self.kv_valid, self.shifts = [of(valid) for valid in self.kv_valid], [of(shift) for shift in self.shifts]
+        self.order = rows if self.order is None else self.order[rows]
+        for ffn in self.ffn.values():
+            ffn.take(rows)
+
+    def fork(self) -> PromptState:
+        """The same turn for a copied KV cache: what was run so far stays on this one's account."""
+        twin = copy.copy(self)
+        twin.kv_valid, twin.shifts = list(self.kv_valid), list(self.shifts)
+        twin.neurons, twin.ffn = dict(self.neurons), {layer: copy.copy(ffn) for layer, ffn in self.ffn.items()}
+        samples = len(self.prompt.lengths)
+        twin.ledger, twin.prefills = Ledger(samples), 0
+        twin.counters = 0, 0, 0, [0] * samples, [0.0] * samples
+        return twin
 
     def samples(self) -> list[SampleTrace]:
         """One trace entry per batch row."""
@@ -102,20 +176,33 @@ class PromptState:
             llm_tokens=[layout.lengths[row] for layout in self.layouts],
             kv_lengths=[lengths[row] for lengths in self.kv_lengths],
             kv_bytes=sum(lengths[row] for lengths in self.kv_lengths) * self.kv_row_bytes,
-            dense_kv_bytes=self.prompt.lengths[row] * len(self.layouts) * self.kv_row_bytes,
-            neurons=[neurons[layer][row].unique() if layer in neurons else None for layer in range(len(self.layouts))],
-            ffn_mode="dense" if not modes else "masked" if "masked" in modes else "sliced",
+            dense_kv_bytes=(self._earlier(row) + self.prompt.lengths[row]) * len(self.layouts) * self.kv_row_bytes,
+            neurons=[_row(neurons.get(layer), row) for layer in range(len(self.layouts))],
+            ffn_mode=next((mode for mode in FFN_MODES if mode in modes), "dense"),
             masked_steps=max((ffn.masked_steps for ffn in self.ffn.values()), default=0),
             vision_tokens=[tokens * self.images[row] for tokens in self.vision_tokens],
             vision_mlp_tokens=[tokens * self.images[row] for tokens in self.vision_mlp_tokens],
             projected_tokens=self.projected_tokens[row],
             head_positions=self.head_positions[row],
             decode_steps=self.decode_steps,
+            decode_reach=self.decode_reach,
+            discarded_tokens=self.discarded_tokens,
+            prefills=self.prefills,
+            past_tokens=self._earlier(row),
+            past_kv=[past.lengths[row] if past.lengths else 0 for past in self.past],
             overhead_flops=self.ledger.flops[row],
             predictor_weights=self.predictor_weights,
             zeroed_kv=self.zeroed_kv[row],
             guide=guide,
         )
+
+    def _earlier(self, row: int) -> int:
+        return self.past_tokens[row] if self.past_tokens else 0
+
+
+def _row(chosen: Tensor | None, row: int) -> Tensor | None:
+    """One sample's neurons; None if it has left the batch before any were chosen."""
+    return None if chosen is None or row >= len(chosen) else chosen[row].unique()
 
 
 def _unique(layouts: list[Layout]) -> list[Any]:

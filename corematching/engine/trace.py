@@ -11,10 +11,14 @@ from torch import Tensor
 
 @dataclass
 class SampleTrace:
-    """One prompt's way through the model. Layers are 0-based; token counts exclude padding."""
+    """One prompt's, or one turn's, way through the model. Layers are 0-based; token counts exclude padding.
+
+    Every turn on a KV cache has its own entry, with its own new tokens and images; ``kv_lengths`` and the byte counts
+    take in earlier turns, since their rows are still there.
+    """
 
     prompt_tokens: int
-    """Tokens of the prompt before any reduction, visual tokens included."""
+    """Tokens of the prompt (the turn's new ones) before any reduction, visual tokens included."""
     image_tokens: int
     """Visual tokens before any reduction."""
     images: int
@@ -32,8 +36,9 @@ class SampleTrace:
     neurons: list[Tensor | None]
     """Per layer: FFN neurons computed in decode (None: all, or not chosen because nothing was decoded)."""
     ffn_mode: str
-    """How decode computes FFNs: "dense", "sliced" (only chosen neurons are computed) or "masked" (a batch whose
-    samples chose differently: same numbers, nothing saved)."""
+    """How decode computes FFNs: "dense", "sliced" (only chosen neurons are computed), "masked" (a batch whose samples
+    chose differently: same numbers, nothing saved) or "whole" (weights that cannot be sliced, such as those under an
+    adapter: likewise)."""
     masked_steps: int
     """Decode steps at the start of a sliced answer whose FFNs were still computed whole, because gathering the chosen
     rows would not have repaid itself had the answer ended there."""
@@ -46,7 +51,17 @@ class SampleTrace:
     head_positions: int = 0
     """Positions for which logits were computed."""
     decode_steps: int = 0
-    """Decoder passes after prefill, one token each."""
+    """Tokens that went through the decoder after prefill, discarded ones included."""
+    decode_reach: int | None = None
+    """Sum over these of the KV rows behind the prefill's that each attended to; None = one token at a time."""
+    discarded_tokens: int = 0
+    """How many of these are no part of the answer: rejected by speculative decoding, or run again without a cache."""
+    prefills: int = 1
+    """Times the prompt ran: once per step without a KV cache, 0 for the continuation of a copied one."""
+    past_tokens: int = 0
+    """Tokens of earlier turns on the same KV cache, before any reduction."""
+    past_kv: list[int] = field(default_factory=list)
+    """Per layer: KV rows of earlier turns."""
     overhead_flops: float = 0.0
     """Matrix products of the method's own scoring (2 per multiply-add)."""
     predictor_weights: float = 0.0
@@ -62,16 +77,23 @@ class SampleTrace:
         return replace(
             self,
             decode_steps=steps,
+            decode_reach=None,
+            discarded_tokens=0,
             head_positions=self.head_positions - surplus,
             overhead_flops=self.overhead_flops - 2 * self.predictor_weights * surplus,
         )
 
     @property
     def generated_tokens(self) -> int:
-        """Tokens produced: one from prefill, one per decode step; the guide's if its answer was taken."""
+        """Tokens of the answer: one from prefill, the others decoded; the guide's if its answer was taken."""
         if self.guide is not None and self.guide.answered:
             return self.guide.passes[0].generated_tokens
-        return self.decode_steps + 1
+        return self.decode_steps - self.discarded_tokens + 1
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens computed for the answer, those that speculative decoding rejected included."""
+        return self.generated_tokens + self.discarded_tokens
 
     @property
     def average_visual_tokens(self) -> float:
@@ -80,7 +102,7 @@ class SampleTrace:
 
     def ffn_width(self, neurons: Tensor | None, width: int, steps: int) -> float:
         """FFN neurons that a decode step of a layer computes, on average over ``steps``; ``neurons``: the layer's."""
-        if neurons is None or self.ffn_mode == "masked":
+        if neurons is None or self.ffn_mode in ("masked", "whole"):
             return width
         whole = min(self.masked_steps, steps) / steps if steps else 0.0
         return whole * width + (1 - whole) * len(neurons)
@@ -118,13 +140,14 @@ class Trace:
     adds no synchronisation to the forward pass.
     """
 
-    _pending: list[Callable[[], list[SampleTrace]]] = field(default_factory=list, repr=False)
+    _pending: list[tuple[int, Callable[[], list[SampleTrace]]]] = field(default_factory=list, repr=False)
+    _deferred: int = field(default=0, repr=False)
     _samples: list[SampleTrace] = field(default_factory=list)
 
     @property
     def samples(self) -> list[SampleTrace]:
-        """One entry per prompt (per beam when beam search expands them)."""
-        for build in self._pending:
+        """One entry per prompt or turn (per beam when beam search expands them)."""
+        for _, build in self._pending:
             self._samples.extend(build())
         self._pending.clear()
         return self._samples
@@ -137,4 +160,14 @@ class Trace:
 
     def defer(self, build: Callable[[], list[SampleTrace]]) -> None:
         """Add prompts whose entries are built on first read (called by the engine)."""
-        self._pending.append(build)
+        self._pending.append((self._deferred, build))
+        self._deferred += 1
+
+    @property
+    def mark(self) -> int:
+        """A point to go back to with :meth:`rollback`."""
+        return self._deferred
+
+    def rollback(self, mark: int) -> None:
+        """Forget what was added since and not read yet: the call that ran it failed."""
+        self._pending = [entry for entry in self._pending if entry[0] < mark]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corematching.engine.layout import Layout
+from corematching.engine.ffn import down_weight, sliceable
+from corematching.engine.layout import NO_PAST, Layout, Past, joined
 
 
 class Ledger:
@@ -79,20 +80,34 @@ class AttentionSignals:
     rotary: nn.Module
     ledger: Ledger
     cached_keys: Tensor | None = None
-    _normed: Tensor | None = field(default=None, init=False)
+    past: Past = NO_PAST
+    """What the layer's cache held before this turn."""
+    past_keys: Tensor | None = None
+    """[B, H_kv, past rows, hd]."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Position ids [B, n] under this layer's numbering."""
+        return self.layout.positions if self.past.shift is None else self.layout.positions - self.past.shift
+
+    @property
+    def reached(self) -> list[int]:
+        """Tokens per sample that may be attended to, earlier turns' included."""
+        before = self.past.lengths or [0] * len(self.layout.lengths)
+        return [old + own for old, own in zip(before, self.layout.lengths, strict=True)]
 
     @property
     def attn(self) -> Any:
         return self.block.self_attn
 
-    def _project(self, linear: nn.Module, hidden: Tensor, counts: list[int]) -> Tensor:
-        self.ledger.spend([2 * count * linear.weight.numel() for count in counts])  # type: ignore[operator,union-attr]
+    def _project(self, linear: Any, hidden: Tensor, counts: list[int]) -> Tensor:
+        self.ledger.spend([2 * count * linear.in_features * linear.out_features for count in counts])
         return heads_of(linear(self.block.input_layernorm(hidden)), self.attn.head_dim)  # type: ignore[operator]
 
     def queries(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
         """[B, H, R, hd] for rows [B, R], of which ``counts[b]`` (default: all) are sample b's own."""
         hidden = self.hidden.gather(1, rows[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        cos, sin = self.rotary(hidden, position_ids=self.layout.positions.gather(1, rows))
+        cos, sin = self.rotary(hidden, position_ids=self.positions.gather(1, rows))
         return rotate(self._project(self.attn.q_proj, hidden, self.own(rows, counts)), cos, sin)
 
     @staticmethod
@@ -104,7 +119,7 @@ class AttentionSignals:
         """[B, H, n, hd], repeated to the query heads."""
         keys = self.cached_keys
         if keys is None:
-            cos, sin = self.rotary(self.hidden, position_ids=self.layout.positions)
+            cos, sin = self.rotary(self.hidden, position_ids=self.positions)
             keys = rotate(self._project(self.attn.k_proj, self.hidden, self.layout.lengths), cos, sin)
         return keys.repeat_interleave(self.attn.num_key_value_groups, dim=1)
 
@@ -114,14 +129,17 @@ class AttentionSignals:
         return torch.full((batch, 1), length - 1, device=self.hidden.device, dtype=torch.long)
 
     def probabilities(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
-        """[B, H, R, n], softmax in float32 over valid positions up to each row."""
-        queries, keys = self.queries(rows, counts), self.keys()
-        pairs = zip(self.own(rows, counts), self.layout.lengths, strict=True)
+        """[B, H, R, n], softmax in float32 over valid positions up to each row, those of earlier turns included."""
+        queries, keys, before = self.queries(rows, counts), self.keys(), self.past.rows
+        if self.past_keys is not None:
+            keys = torch.cat([self.past_keys.repeat_interleave(self.attn.num_key_value_groups, dim=1), keys], 2)
+        pairs = zip(self.own(rows, counts), self.reached, strict=True)
         self.ledger.spend([2 * queries.shape[1] * own * length * keys.shape[3] for own, length in pairs])
         logits = (queries @ keys.transpose(2, 3)).float() * self.attn.scaling
         index = torch.arange(keys.shape[2], device=rows.device)
-        visible = (index <= rows[..., None]) & self.layout.valid[:, None]
-        return logits.masked_fill(~visible[:, None], torch.finfo(logits.dtype).min).softmax(-1)
+        valid = joined(self.past, self.layout.valid)
+        visible = (index <= rows[..., None] + before) & valid[:, None]  # type: ignore[index]
+        return logits.masked_fill(~visible[:, None], torch.finfo(logits.dtype).min).softmax(-1)[..., before:]
 
 
 @dataclass
@@ -277,7 +295,7 @@ class FFNSignals:
     activations: Tensor
     layout: Layout
     prompt: Prompt
-    down_weight: Tensor
+    mlp: nn.Module
     ledger: Ledger
 
     @property
@@ -287,6 +305,13 @@ class FFNSignals:
     @property
     def visual_mask(self) -> Tensor:
         return self.layout.visual_id > -2
+
+    @property
+    def down_weight(self) -> Tensor:
+        weight = down_weight(self.mlp, self.activations)
+        if not sliceable(self.mlp):
+            self.spend(2 * weight.numel() * weight.shape[1])
+        return weight
 
     def spend(self, flops: float | Sequence[float]) -> None:
         self.ledger.spend(flops)

@@ -56,6 +56,8 @@ class TowerRun:
     prompt: Prompt | None = None
     images: list[range] = field(default_factory=list)
     """The images of each batch row; rows of one prompt's beams share them."""
+    replaced: tuple[Replace, Replace] | None = None
+    """What became of the features, per image and per sample, once booked; None when nothing was reduced."""
     _keys: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _projected: Tensor | None = field(default=None, repr=False)
 
@@ -84,14 +86,14 @@ class TowerRun:
         if layer not in self._keys:
             block, normed = self._layer(layer)
             attn = block.self_attn
-            self.spend(2 * normed.shape[1] * attn.k_proj.weight.numel())
+            self.spend(2 * normed.shape[1] * attn.k_proj.in_features * attn.k_proj.out_features)
             self._keys[layer] = attn.k_proj(normed).unflatten(-1, (-1, attn.head_dim))
         return self._keys[layer]
 
     def cls_query(self, layer: int) -> Tensor:
         block, normed = self._layer(layer)
         attn = block.self_attn
-        self.spend(2 * attn.q_proj.weight.numel())
+        self.spend(2 * attn.q_proj.in_features * attn.q_proj.out_features)
         return attn.q_proj(normed[:, 0]).unflatten(-1, (-1, attn.head_dim))
 
     def cls_attention(self, layer: int) -> Tensor:
