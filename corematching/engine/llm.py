@@ -89,7 +89,10 @@ def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cac
         session.undecided.pop(talk, None)
     layout, previous, context, known = state.prompt, None, None, None
     hidden, layout = session.vision_tokens(state, prompt, hidden, layout, cached=cache is not None)
-    captured = session.captured_prefill(length) if _alone(cache, past, own, hidden) else None
+    captured = None
+    if session.capturing and cache is not None and len(hidden) == 1 and past[0].rows == 0:
+        alone = _causal_mask(decoder.config, hidden, own, 0, position_ids) is None
+        captured = session.captured_prefill(length) if alone else None
     for run in captured.runs if captured else _one_by_one(decoder.config.num_hidden_layers):
         for stage in session.before[run.start]:
             hidden, layout = _reduce(session, stage, state, prompt, hidden, layout, previous, cache)
@@ -136,11 +139,6 @@ def _along(values: Tensor, order: Tensor) -> Tensor:
     """Rows of [B or 1, n, ...] in another order."""
     values = values.expand(order.shape[0], *values.shape[1:])
     return values.gather(1, order if values.dim() == 2 else order[..., None].expand_as(values))
-
-
-def _alone(cache: Any, past: list[Past], own: Tensor | None, hidden: Tensor) -> bool:
-    """Whether a prompt runs by itself: nothing before it, beside it or masked in it."""
-    return cache is not None and own is None and len(hidden) == 1 and past[0].rows == 0
 
 
 def pasts(talk: Conversation | None, cache: Any, attention_mask: Tensor | None, depth: int) -> list[Past]:
