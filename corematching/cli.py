@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from corematching import __version__, groups
 from corematching.errors import UserError
-from corematching.evaluation import machine
+from corematching.evaluation import asks, machine
+from corematching.evaluation.controls import with_controls
 from corematching.evaluation.settings import read_settings
 from corematching.texts import neutral
 
@@ -96,9 +97,10 @@ def _complain(error: Exception, words: Sequence[str], debug: bool) -> int:
 
 
 def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictConfig:
-    """Turn ``method=...`` on the command line into a one-entry ``methods`` list, and note the command line itself.
+    """Turn ``method=...`` on the command line into a ``methods`` list with its controls, and note the command line.
 
     A keep given as ``method.keep=...`` is that entry's own; otherwise the method takes part in the experiment's sweep.
+    What is no experiment gets a name of its own (see `corematching.evaluation.asks`).
     Unless a judge is given, the mini suite's open questions get the bundled one, which knows their answers.
     """
     given = {word.split("=", 1)[0].lstrip("+~") for word in overrides}
@@ -112,8 +114,11 @@ def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictCo
                 for key, value in parameters.items()
                 if f"method.{key}" in given or value != defaults.get(key)
             }
-            config.methods = [{"name": name, **own}]
+            model: Any = OmegaConf.to_container(config.model, resolve=True)
+            config.methods = with_controls({"name": name, **own}, model, config.controls)
         config.pop("method", None)
+        if config.name or asks.ad_hoc(overrides):
+            config.experiment = config.name or asks.named_from(overrides)
         if "judge" not in given and OmegaConf.select(config, "data.name") == "mini":
             config.judge = groups.load("judge", "local")
         config.command = list(overrides)

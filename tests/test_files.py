@@ -11,7 +11,7 @@ from corematching import files
 from corematching.benchmarks import load_benchmark, load_source
 from corematching.errors import UserError
 from corematching.results import render
-from corematching.results.table import RunTable
+from corematching.results.table import METHOD, RunTable
 from corematching.results.tables import Table
 
 
@@ -73,7 +73,7 @@ def test_text_that_is_no_unicode_is_written_escaped(tmp_path):
 
 
 def test_tables_are_written_so(tmp_path, monkeypatch):
-    table = RunTable(("method",), (("dense",),), ())
+    table = RunTable((METHOD,), (("dense",),), ())
     table.write(tmp_path)
     monkeypatch.setattr(files, "sync", full_disk)
     with pytest.raises(UserError, match="No space"):

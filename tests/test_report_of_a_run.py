@@ -9,7 +9,7 @@ from corematching.results import overlays
 @pytest.mark.slow
 def test_a_run_ends_with_tables_figures_report_and_overlays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["methods=[dense,fastv]", "keep=[64]", "benchmarks=[gqa]", "limit=4", "tracking=none"]
+    words = ["name=quickstart", "methods=[dense,fastv]", "keep=[64]", "benchmarks=[gqa]", "limit=4", "tracking=none"]
     assert cli.main([*words, "model=tiny", "data=mini", f"results_dir={tmp_path}"]) == 0
     folder = tmp_path / "quickstart"
     assert (folder / "tables" / "accuracy.tex").is_file()

@@ -18,7 +18,8 @@ from synthetic_store import (
 from corematching.errors import UserError
 from corematching.results.aggregate import aggregate
 from corematching.results.compare import compare
-from corematching.results.load import StoreWarning, keep_order, load_results
+from corematching.results.load import StoreWarning, load_results
+from corematching.results.order import keep_order
 from corematching.results.selection import select
 from corematching.results.store import Store
 
@@ -167,7 +168,7 @@ def test_each_number_of_questions_gets_a_table(tmp_path):
     tables = {table.name: table for table in aggregate([tmp_path / "e"]).tables}
     assert set(tables) == {"accuracy_n10", "accuracy_n50"}
     assert "n = 10 questions" in tables["accuracy_n10"].caption
-    assert [column.title for column in tables["accuracy_n50"].columns][4:-1] == ["GQA", "POPE"]
+    assert [column.title for column in tables["accuracy_n50"].columns][2:4] == ["GQA", "POPE"]
 
 
 def test_one_table_if_only_benchmarks_differ_in_their_number_of_questions(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,17 @@ import pytest
 from small_llava import save_small_llava
 
 from corematching import cli
-from corematching.evaluation import evaluator, provenance
+from corematching.evaluation import evaluator, machine, provenance
 from corematching.evaluation.cells import Cell
 from corematching.results.store import Store
 
-GRID = ["methods=[dense,random,fastv]", "keep=[32,16]", "benchmarks=[gqa,pope]", "model.visual_tokens=64"]
+GRID = [
+    "name=quickstart",
+    "methods=[dense,random,fastv]",
+    "keep=[32,16]",
+    "benchmarks=[gqa,pope]",
+    "model.visual_tokens=64",
+]
 
 
 class FakeBench:
@@ -72,6 +79,7 @@ def test_a_run_stores_all_cells_and_a_second_run_computes_none(fake, tmp_path, c
     assert len(FakeBench.evaluated) == 10
     first = (tmp_path / "results/quickstart/table.md").read_text()
     assert "| dense | — | 50.0 | 50.0 | 100.0 |" in first
+    assert "| fastv | 32 | 40.0 | 40.0 | 79.9 |" in first
     assert "| fastv | 16 | 39.9 | 39.9 | 79.9 |" in first
     assert "not comparable with published numbers" in first
     assert fake() == 0
@@ -82,7 +90,14 @@ def test_a_run_stores_all_cells_and_a_second_run_computes_none(fake, tmp_path, c
     assert out.startswith("NOTE: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]
     table = pd.read_csv(tmp_path / "results/quickstart/table.csv")
-    assert list(table["gqa"]) == [50.0, 40.0, 39.9, 40.0, 39.9]
+    # Dense, then budget by budget, each in the experiment's order.
+    assert list(zip(table["method"][1:], table["keep"][1:])) == [
+        ("random", 32),
+        ("fastv", 32),
+        ("random", 16),
+        ("fastv", 16),
+    ]
+    assert list(table["gqa"]) == [50.0, 40.0, 40.0, 39.9, 39.9]
 
 
 def test_a_failed_cell_is_loud_and_the_sweep_goes_on(fake, tmp_path, capsys):
@@ -109,11 +124,11 @@ def test_a_failed_cell_is_loud_and_the_sweep_goes_on(fake, tmp_path, capsys):
 def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(fake, capsys):
     FakeBench.trouble[("fastv", "gqa")] = KeyboardInterrupt()
     assert fake() == 130
-    assert "3 of 10 cells are stored" in capsys.readouterr().out
+    assert "2 of 10 cells are stored" in capsys.readouterr().out
     FakeBench.trouble.clear()
     FakeBench.evaluated.clear()
     assert fake() == 0
-    assert len(FakeBench.evaluated) == 7
+    assert len(FakeBench.evaluated) == 8
 
 
 def test_a_schedulers_term_signal_ends_the_run_as_ctrl_c_does(fake, capsys, monkeypatch):
@@ -151,6 +166,7 @@ def test_cells_that_another_process_computes_are_waited_for_and_not_repeated(fak
         and record["labels"]["benchmark"] == "pope"
     ]
     FakeBench.evaluated.clear()
+    shutil.copy(tmp_path / "elsewhere/quickstart/experiment.json", store.root)  # the other process says whose cells
     claim = store.claim(finished["id"])
     assert claim.__enter__()
 
@@ -197,7 +213,15 @@ def test_offline_tracking_continues_one_run(fake, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- for real, with lmms-eval
-REAL = ["methods=[dense,random,corematching]", "keep=[16]", "benchmarks=[gqa]", "limit=4", "data.n=8", "report=false"]
+REAL = [
+    "name=quickstart",
+    "methods=[dense,random,corematching]",
+    "keep=[16]",
+    "benchmarks=[gqa]",
+    "limit=4",
+    "data.n=8",
+    "report=false",
+]
 
 
 @pytest.fixture(scope="module")
@@ -388,3 +412,30 @@ def test_a_terminal_shows_cells_and_questions_and_a_pipe_plain_lines():
     assert line in shown[True]
     assert "30/60" in shown[True]
     assert shown[False] == line + "\n"
+
+
+def test_an_ad_hoc_command_leaves_the_experiments_table_alone(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "why_small", lambda: "a test")
+    plain = ["model.visual_tokens=64", "tracking=none", "report=false", "limit=9"]
+    assert cli.main([*plain, "benchmarks=[gqa]", "name=quickstart"]) == 0
+    table = tmp_path / "results/quickstart/table.md"
+    before = table.read_bytes()
+    assert cli.main([*plain, "method=fastv", "keep=[32,16]", "benchmark=pope"]) == 0
+    assert table.read_bytes() == before
+    (own,) = [path for path in (tmp_path / "results").iterdir() if path.name.startswith("fastv-keep-32-16-pope")]
+    shown = pd.read_csv(own / "table.csv")
+    assert list(shown["method"]) == ["dense", "random (layer 2)", "fastv", "random (layer 2)", "fastv"]
+    assert f"results/{own.name}/table.md" in capsys.readouterr().out
+
+
+def test_force_computes_finished_cells_again_once(fake, capsys):
+    assert fake() == 0
+    FakeBench.evaluated.clear()
+    time.sleep(1.1)  # records say when they were begun to the second
+    assert fake("force=true") == 0
+    assert len(FakeBench.evaluated) == 10
+    FakeBench.evaluated.clear()
+    assert fake("force=1.5e9") == 0
+    assert FakeBench.evaluated == [], "all cells are younger than that"
+    assert fake() == 0
+    assert FakeBench.evaluated == []

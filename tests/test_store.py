@@ -176,7 +176,7 @@ def scored(method: str, keep: int | None, benchmark: str, value: float | None) -
     )
     status = "done" if value is not None else "not_scored"
     score = {"metric": "accuracy", "value": value, "scale": 100, "note": "" if value is not None else "no judge"}
-    trace = {"visual_tokens_per_layer": keep or 576, "kv_bytes": 2e6, "flops": {"prefill": 3e12}}
+    trace = {"visual_tokens_per_layer": keep or 576, "kv_bytes": 2e6, "flops": {"prefill": 2e12, "total": 3e12}}
     return record(cell, status=status, score=score, trace=trace)
 
 
@@ -191,9 +191,9 @@ def test_the_table_averages_what_dense_has_and_names_the_holes(tmp_path):
     ]
     table = build_table(records, ["gqa", "mmvet"], ["a note"])
     assert table.rows == (
-        ("dense", "—", "60.0", "—", "100.0", "576.0", "2.00", "3.0000"),
-        ("fastv", "64", "45.0", "—", "75.0", "64.0", "2.00", "3.0000"),
-        ("random", "64", "—", "—", "—", "64.0", "2.00", "3.0000"),
+        ("dense", "—", "60.0", "—", "100.0", "576.0", "2.00", "3000", "—", "—"),
+        ("fastv", "64", "45.0", "—", "75.0", "64.0", "2.00", "3000", "—", "—"),
+        ("random", "64", "—", "—", "—", "64.0", "2.00", "3000", "—", "—"),
     )
     assert table.notes[:2] == ("a note", "% of dense averages gqa")
     assert "— mmvet, fastv keep=64: not scored (no judge)" in table.notes
@@ -202,4 +202,4 @@ def test_the_table_averages_what_dense_has_and_names_the_holes(tmp_path):
     read = pd.read_csv(tmp_path / "table.csv")
     assert list(read["gqa"].fillna(-1)) == [60.0, 45.0, -1]
     markdown = (tmp_path / "table.md").read_text().splitlines()
-    assert markdown[2] == "| dense | — | 60.0 | — | 100.0 | 576.0 | 2.00 | 3.0000 |"
+    assert markdown[2] == "| dense | — | 60.0 | — | 100.0 | 576.0 | 2.00 | 3000 | — | — |"

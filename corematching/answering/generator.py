@@ -40,11 +40,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """The text, how many tokens it took, and what really ran."""
+    """The text, how many tokens it took, what really ran, and whether the model ended it itself.
+
+    An answer that did not end ran into the most new tokens that its task allows.
+    """
 
     text: str
     tokens: int
     trace: SampleTrace
+    ended: bool = True
 
 
 class Generator:
@@ -146,16 +150,16 @@ class Generator:
         stops = settings.get("until") or ()
         answers = []
         for i, (ids, text) in enumerate(zip(new, self.processor.batch_decode(new, skip_special_tokens=True))):
-            tokens = self._length(ids)
+            tokens, ended = self._length(ids)
             text = _cut(text, [stops] if isinstance(stops, str) else stops)
-            answers.append(Answer(text, tokens, _own_share(samples[i * beams], tokens)))
+            answers.append(Answer(text, tokens, _own_share(samples[i * beams], tokens), ended))
         return answers
 
-    def _length(self, ids: torch.Tensor) -> int:
-        """Tokens up to and including the first end-of-sequence token, or all."""
+    def _length(self, ids: torch.Tensor) -> tuple[int, bool]:
+        """Tokens up to and including the first end-of-sequence token, or all; and whether there is one."""
         ends = torch.tensor(_as_list(self.model.generation_config.eos_token_id), device=ids.device)
         hits = torch.isin(ids, ends).nonzero()
-        return int(hits[0]) + 1 if len(hits) else len(ids)
+        return (int(hits[0]) + 1, True) if len(hits) else (len(ids), False)
 
     def _generate_arguments(self, settings: dict[str, Any]) -> dict[str, Any]:
         """`generate` arguments: greedy unless the task itself asks for sampling."""

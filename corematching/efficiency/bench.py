@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,14 +28,18 @@ from corematching.efficiency.rows import Measured, Protocol, measure, predicted_
 from corematching.efficiency.table import print_rows, run_table
 from corematching.engine.preflight import check_methods
 from corematching.engine.trace import SampleTrace
-from corematching.evaluation import provenance
+from corematching.evaluation import asks, provenance
+from corematching.evaluation.attempt import begun
+from corematching.evaluation.banner import banner, small_note
 from corematching.evaluation.cells import Cell
-from corematching.evaluation.experiment import Row, method_rows, model_identity, model_label
+from corematching.evaluation.experiment import Row, forced_since, method_rows, model_identity, model_label
+from corematching.evaluation.publishing import publish_run
 from corematching.evaluation.records import describe, new_record
 from corematching.evaluation.settings import read_settings
 from corematching.methods.base import Method
 from corematching.models.families import family_of
 from corematching.models.loading import load_config, model_path
+from corematching.results.manifest import Manifest
 from corematching.results.store import Store
 
 VERSION = "3"
@@ -58,9 +61,12 @@ def run(config: DictConfig) -> int:
     """
     settings = read_settings(config)
     bench = Bench(settings)
+    for line in banner(settings, answers=False):
+        print(line)
     pending = [row for row in bench.rows if not bench.is_done(row)]
     print(
-        f"{settings['experiment']}: {len(bench.rows)} methods on {settings['model']['name']}, {len(pending)} to measure"
+        f"{bench.folder.name}: {len(bench.rows)} methods on {settings['model']['name']}, {len(pending)} to measure"
+        f" -> {bench.folder}"
     )
     if pending:
         bench.prepare(pending)
@@ -73,7 +79,7 @@ def run(config: DictConfig) -> int:
                 continue
             print(f"  {name} ...", flush=True)
             bench.measure(row)
-    return bench.conclude()
+    return bench.conclude(bool(pending))
 
 
 class Bench:
@@ -91,7 +97,10 @@ class Bench:
         self.elsewhere: Hardware | None = None if name == THIS else Hardware(**settings["hardware"])
         self.on_gpu = torch.cuda.is_available() and not str(settings["model"]["device"]).startswith("cpu")
         self.machine = provenance.hardware() | {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        self.store = Store(Path(settings["results_dir"]).expanduser() / settings["experiment"])
+        self.folder = asks.folder_of(settings)
+        self.store = Store(self.folder)
+        Manifest(asks.ask_of(settings), [[row.label, row.keep] for row in self.rows]).write(self.folder)
+        self.since = forced_since(settings["force"])
         self.failed = 0
 
     def _checked_methods(self) -> dict[Row, Method]:
@@ -136,7 +145,9 @@ class Bench:
 
     def is_done(self, row: Row) -> bool:
         records = [self.store.read(cell.id) for cell in self.cells(row)]
-        return all(record is not None and record["status"] == "done" for record in records)
+        return all(
+            record is not None and record["status"] == "done" and begun(record) >= self.since for record in records
+        )
 
     def _prediction_of(self) -> dict[str, Any]:
         """What a prediction rests on: the card's figures, and the layers that were traced."""
@@ -231,11 +242,14 @@ class Bench:
         self.store.write(record)
 
     # ------------------------------------------------------------------------------------------------------- table
-    def conclude(self) -> int:
-        """Write and print the table of this experiment's rows."""
+    def conclude(self, changed: bool) -> int:
+        """Publish what changed, then write and print the table of this experiment's rows."""
+        if changed and self.settings["report"]:
+            publish_run(self.folder, print, lambda make: None)
         cells = [cell for row in self.rows for cell in self.cells(row)]
         records = [record for record in (self.store.read(cell.id) for cell in cells) if record is not None]
-        table = run_table([record for record in records if record["status"] == "done"])
+        told = list(filter(None, [small_note(self.settings, answers=False)]))
+        table = run_table([record for record in records if record["status"] == "done"], told)
         table.write(self.store.root)
         print_rows(table)
         if self.failed:

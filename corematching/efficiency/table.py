@@ -5,25 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from corematching.results.table import HOLE, RunTable, engines_note, prediction_note
+from corematching.results.columns import EFFICIENCY, SPEEDUP, Quantity
+from corematching.results.order import line_order
+from corematching.results.table import HOLE, KEEP, METHOD, RunColumn, RunTable
+from corematching.results.terminal import show
+from corematching.results.timing import dense_is_off, engines_note, noise_warning, prediction_note
 
-_COLUMNS = {
-    "prefill_ms": ("prefill ms", 1.0, 1),
-    "decode_ms_per_token": ("decode ms/token", 1.0, 2),
-    "end_to_end_ms": ("end to end ms", 1.0, 1),
-    "paired_speedup": ("x dense", 1.0, 2),
-    "overhead_ms": ("overhead ms", 1.0, 2),
-    "peak_memory_bytes": ("peak GB", 1e-9, 2),
-    "kv_bytes": ("KV MB", 1e-6, 1),
-    "decode_gb_per_s": ("GB/s", 1.0, 1),
-    "bandwidth_share": ("% of GB/s", 100.0, 0),
-    "prefill_tflop_per_s": ("TFLOP/s", 1.0, 3),
-    "flops_share": ("% of FLOP/s", 100.0, 0),
-    "predicted_over_measured": ("predicted / measured", 1.0, 2),
-    "prefill_predicted_over_measured": ("of prefill", 1.0, 2),
-    "decode_predicted_over_measured": ("of decode", 1.0, 2),
-    "repeats": ("pairs", 1.0, 0),
-}
 NOTES = (
     "Medians ± half the distance between the quartiles; x dense: dense time over the method's, end to end, of pairs of"
     " neighbouring runs.",
@@ -36,26 +23,49 @@ NOTES = (
 PREDICTED = "Rows marked predicted come from the roofline model with public peak figures; nothing was run there."
 
 
-def run_table(records: Sequence[Mapping[str, Any]]) -> RunTable:
-    """One row per record, ordered by regime and output length, then as the methods were listed."""
+def run_table(records: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) -> RunTable:
+    """One row per record, ordered by regime and output length, then as every table is.
+
+    Parameters
+    ----------
+    records
+        Finished efficiency records.
+    told
+        Notes to begin with.
+    """
     kinds = list(dict.fromkeys(_setting(record) for record in records))
     kinds.sort(key=lambda kind: (kind[0] != "resident", kind[0], kind[1]))
-    rows = [_cells(record) for kind in kinds for record in records if _setting(record) == kind]
-    header = ("method", "keep", "weights", "output tokens", *(title for title, _, _ in _COLUMNS.values()))
+    ordered = sorted(records, key=lambda one: line_order(one["config"]["method"]["name"], one["labels"]["keep"]))
+    rows = [_cells(record) for kind in kinds for record in ordered if _setting(record) == kind]
+    columns = (
+        METHOD,
+        KEEP,
+        RunColumn("weights", role="label", left=True),
+        RunColumn("output tokens", "tokens", role="label"),
+        *(RunColumn(what.name, what.short) for what in EFFICIENCY),
+    )
     models = dict.fromkeys(record["labels"]["model"] for record in records if record["labels"].get("model"))
-    notes = (*((f"Model: {'; '.join(models)}.",) if models else ()), *_origins(records), *NOTES)
+    notes = (*told, *((f"Model: {'; '.join(models)}.",) if models else ()), *_origins(records), *NOTES)
     notes += (PREDICTED,) if any(record["bench"]["predicted"] for record in records) else ()
-    return RunTable(header, tuple(rows), notes)
+    return RunTable(columns, tuple(rows), notes, tuple(_warnings(records)))
 
 
 def print_rows(table: RunTable) -> None:
     """Print to the terminal, or unfolded to a pipe."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240
-    table.show(console)
+    show(table, Console(highlight=False))
+
+
+def _warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line per setting in which dense timed against itself is off by more than its noise allows."""
+    return [
+        noise_warning(f"{where}, {tokens} output tokens", bench[SPEEDUP.key], bench.get(f"{SPEEDUP.key}_iqr"))
+        for record in records
+        if record["config"]["method"]["name"] == "dense"
+        for bench, (where, tokens) in [(record["bench"], _setting(record))]
+        if dense_is_off(bench.get(SPEEDUP.key), bench.get(f"{SPEEDUP.key}_iqr"))
+    ]
 
 
 def _origins(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -82,15 +92,12 @@ def _setting(record: Mapping[str, Any]) -> tuple[str, int]:
 def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:
     bench, labels = record["bench"], record["labels"]
     where, tokens = _setting(record)
-    keep = "" if labels["keep"] is None else str(labels["keep"])
-    return labels["method"], keep, where, str(tokens), *(_text(bench, name) for name in _COLUMNS)
+    keep = HOLE if labels["keep"] is None else str(labels["keep"])
+    return labels["method"], keep, where, str(tokens), *(_text(bench, what) for what in EFFICIENCY)
 
 
-def _text(bench: Mapping[str, Any], name: str) -> str:
-    value = bench.get(name)
-    _, factor, digits = _COLUMNS[name]
-    if value is None:
+def _text(bench: Mapping[str, Any], what: Quantity) -> str:
+    text, spread = what.text(bench.get(what.key)), bench.get(f"{what.key}_iqr")
+    if text is None:
         return HOLE
-    spread = bench.get(f"{name}_iqr")
-    around = "" if spread is None else f" ±{factor * spread / 2:.{digits}f}"
-    return f"{factor * value:.{digits}f}{around}"
+    return text if spread is None else f"{text} ±{what.text(spread / 2)}"

@@ -39,4 +39,14 @@ def finished(record: dict[str, Any] | None, experiment: Experiment) -> bool:
     """Whether a cell needs no more work. Failed cells are tried again; unscored ones too if there is a judge now."""
     if record is None or record["status"] == "failed":
         return False
+    if experiment.since and begun(record) < experiment.since:
+        return False
     return record["status"] == "done" or experiment.settings["judge"]["name"] == "none"
+
+
+def begun(record: dict[str, Any]) -> float:
+    """When work on a stored cell began, in seconds since 1970; 0 if the record does not say."""
+    try:
+        return datetime.fromisoformat(record["provenance"]["started"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return 0.0

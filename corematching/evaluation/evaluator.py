@@ -166,4 +166,5 @@ def with_traces(
     return samples.assign(
         retained_tokens=[answer.trace.average_visual_tokens for answer in found],
         generated_tokens=[answer.tokens for answer in found],
+        ended=[answer.ended for answer in found],
     )

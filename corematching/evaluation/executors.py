@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corematching.errors import UserError
-from corematching.evaluation import machine
+from corematching.evaluation import asks, machine
 from corematching.evaluation.attempt import attempt, finished
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
@@ -99,9 +99,10 @@ def _start_worker(number: int, count: int, log: Path, experiment: Experiment) ->
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus]
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    own = ("executor", "tracking", "report")
-    words = [word for word in experiment.settings["command"] if not word.lstrip("+").startswith(own)]
+    own = ("executor", "tracking", "report", "force")
+    words = [word for word in experiment.settings["command"] if asks.key_of(word) not in own]
     words += ["executor=local", "tracking=none", "report=false"]
+    words += [f"force={experiment.since:.0f}"] if experiment.since else []  # recomputed once, by whoever comes first
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "corematching", *words], env=environment, stdout=file, stderr=subprocess.STDOUT

@@ -1,7 +1,9 @@
 """From a composed configuration to the list of cells; every mistake that can be found without torch is found here."""
 
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,17 @@ from omegaconf import DictConfig
 
 from corematching.benchmarks import Benchmark, DataSource, load_benchmark, load_source
 from corematching.errors import UserError
-from corematching.evaluation import machine, provenance
+from corematching.evaluation import asks, machine, provenance
 from corematching.evaluation.cells import Cell, canonical_json
 from corematching.evaluation.matching import MATCHED, Shape, matched_parameters
 from corematching.evaluation.settings import read_settings
 from corematching.registry import build_method, method_defaults
+from corematching.results.manifest import Manifest
+from corematching.results.order import line_order
+from corematching.results.titles import benchmark_order
 from corematching.texts import neutral
 
-_ENTRY_KEYS = ("name", "label", "budgets", "with")
+_ENTRY_KEYS = ("name", "label", "budgets", "with", "seeds")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Row:
     keep: Any
     """What the label says about the budget: a count, a fraction, or None where nothing was asked for."""
     parameters: Mapping[str, Any] = field(hash=False)
+    seed: int | None = None
+    """Of an entry with several ``seeds``, whose rows share a line."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,13 @@ class Experiment:
     source: DataSource
     settings: Mapping[str, Any]
     """The whole configuration as plain values."""
+    since: float = 0.0
+    """Finished cells count only if they were begun at or after this time (seconds since 1970; see ``force``)."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the experiment's folder says of it."""
+        return Manifest(asks.ask_of(self.settings), [[row.label, row.keep] for row in self.rows])
 
 
 def plan(config: DictConfig) -> Experiment:
@@ -56,17 +70,29 @@ def plan(config: DictConfig) -> Experiment:
         Names the first wrong value and what would be valid.
     """
     settings = read_settings(config)
-    benchmarks = tuple(load_benchmark(name) for name in dict.fromkeys(settings["benchmarks"]))
+    benchmarks = tuple(load_benchmark(name) for name in benchmark_order(settings["benchmarks"]))
     rows = method_rows(settings)
     model = model_identity(settings["model"])
     source = load_source(**settings["data"])
     cells = [
         _cell(settings, model, row, benchmark, source.version(benchmark)) for benchmark in benchmarks for row in rows
     ]
-    folder = Path(settings["results_dir"]).expanduser() / settings["experiment"]
+    folder = asks.folder_of(settings)
     return Experiment(
-        settings["experiment"], folder, tuple(dict.fromkeys(cells)), tuple(rows), benchmarks, source, settings
+        folder.name,
+        folder,
+        tuple(dict.fromkeys(cells)),
+        tuple(rows),
+        benchmarks,
+        source,
+        settings,
+        forced_since(settings["force"]),
     )
+
+
+def forced_since(force: bool | float) -> float:
+    """From which time on finished cells count: always (``force=false``), from now on (``true``), from a given time."""
+    return float(math.floor(time.time())) if force is True else float(force)
 
 
 def method_rows(settings: Mapping[str, Any]) -> list[Row]:
@@ -74,14 +100,20 @@ def method_rows(settings: Mapping[str, Any]) -> list[Row]:
 
     A listed method takes part in the sweep over ``keep`` if it has a parameter of that name and its entry does not set
     it. An entry may instead map each budget to the parameters that mean it (``budgets: {192: {dominant: 162, ...}}``),
-    and may be composed with a second method (``with: {name: core_neurons, keep: 0.4}``).
+    and may be composed with a second method (``with: {name: core_neurons, keep: 0.4}``). ``seeds: [0, 1, 2]`` runs an
+    entry once per seed; those rows share a line of the table.
+
+    Returns
+    -------
+    Dense first, then budget by budget, each in the order of ``methods``: the order of every table.
     """
     budgets = settings["keep"]
     for keep in budgets:
         check_keep("keep", keep, settings["model"].get("visual_tokens"))
     overrides = settings["model"].get("method_overrides") or {}
     shape = _matching_shape(settings)
-    return _distinct([row for entry in settings["methods"] for row in _entry_rows(entry, budgets, overrides, shape)])
+    rows = [row for entry in settings["methods"] for row in _entry_rows(entry, budgets, overrides, shape)]
+    return sorted(_distinct(rows), key=lambda row: line_order(row.method, row.keep))
 
 
 def _distinct(rows: list[Row]) -> list[Row]:
@@ -92,10 +124,10 @@ def _distinct(rows: list[Row]) -> list[Row]:
     UserError
         If two different ones would share a line of the table; names both.
     """
-    lines: dict[tuple[str, Any], Row] = {}
+    lines: dict[tuple[str, Any, int | None], Row] = {}
     for row in rows:
         keep = float(row.keep) if isinstance(row.keep, int | float) else str(row.keep)  # 1 and 1.0 look alike
-        first = lines.setdefault((neutral(row.label), keep), row)
+        first = lines.setdefault((neutral(row.label), keep, row.seed), row)
         if _content(first) != _content(row):
             both = f"{_described(first, row)} and {_described(row, first)}"
             raise UserError(f"two entries of methods are both called '{row.label}': {both}; give one another label")
@@ -130,6 +162,12 @@ def _entry_rows(
 ) -> list[Row]:
     """The rows of one entry of ``methods``; with a ``shape``, budgets are averages over its layers."""
     entry = {"name": entry} if isinstance(entry, str) else entry
+    if entry.get("seeds"):
+        alike = {key: value for key, value in entry.items() if key != "seeds"}
+        seeded = [(seed, {**alike, "seed": seed}) for seed in entry["seeds"]]
+        return [
+            replace(row, seed=seed) for seed, one in seeded for row in _entry_rows(one, budgets, model_overrides, shape)
+        ]
     name = entry["name"]
     known = method_defaults(name)
     own = {key: value for key, value in entry.items() if key not in _ENTRY_KEYS}

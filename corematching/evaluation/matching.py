@@ -79,9 +79,9 @@ def _sgl(name: str, parameters: Parameters, target: float, shape: Shape) -> dict
 
 def _layer(parameters: Parameters, shape: Shape) -> int:
     """The first layer that sees fewer tokens, by the parameters ``layer`` and ``depth_fraction``."""
-    if parameters.get("depth_fraction") is not None:
-        return min(shape.layers - 1, max(1, round(parameters["depth_fraction"] * shape.layers)))
-    return max(0, parameters["layer"])
+    layer = _deep_layer(parameters, shape.layers)
+    assert layer is not None
+    return max(0, layer)
 
 
 def _count_after(name: str, full: int, target: float, shape: Shape) -> int:
@@ -197,6 +197,37 @@ _RULES: dict[str, Callable[[str, Parameters, float, Shape], dict[str, Any]]] = {
     "prumerge_plus": _prumerge_plus,
     "tome": _tome,
 }
+
+_FIRST_DROPS: dict[str, Callable[[Parameters, int | None], int | None]] = {
+    **dict.fromkeys(
+        ("random", "uniform", "pooling", "fastv", "core_tokens", "corematching", "dart"),
+        lambda parameters, depth: _deep_layer(parameters, depth),
+    ),
+    "topv": lambda parameters, depth: parameters["layer"] + 1,
+    "sgl": lambda parameters, depth: int(depth * parameters["layer_fraction"]) if depth else None,
+    "pyramiddrop": lambda parameters, depth: parameters["layers"][0],
+    "sparsevlm": lambda parameters, depth: parameters["layers"][0] + 1,
+}
+
+
+def _deep_layer(parameters: Parameters, depth: int | None) -> int | None:
+    fraction = parameters.get("depth_fraction")
+    if fraction is None:
+        return parameters["layer"]
+    return min(depth - 1, max(1, round(fraction * depth))) if depth else None
+
+
+def dropping_layer(name: str, parameters: Parameters, model: Mapping[str, Any]) -> int | None:
+    """The first decoder layer that sees fewer visual tokens; -1 = all of them do.
+
+    None for methods that keep all visual tokens in prefill (KV caches, neurons), and where the layer follows from a
+    depth that the model's configuration does not state.
+    """
+    if name not in _RULES or not parameters.get("tokens", True):
+        return None
+    depth = model.get("num_layers") or model.get("layers")
+    return _FIRST_DROPS[name](parameters, depth) if name in _FIRST_DROPS else -1
+
 
 MATCHED = tuple(_RULES)
 """Methods with a budget of visual tokens in prefill. The others (KV caches after prefill, neurons) keep all of them."""

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from corematching.evaluation.cells import Cell
+from corematching.results.columns import capped_text
 
 
 class Reporter(AbstractContextManager):
@@ -22,8 +23,6 @@ class Reporter(AbstractContextManager):
 
     def __init__(self, cells: int, console: Console | None = None):
         self.console = console or Console(highlight=False)
-        if not self.console.is_terminal:
-            self.console.width = 240  # a file or a pipe has no edge: never fold the table
         self.cells, self.finished = cells, 0
         self._live: Progress | None = None
         if self.console.is_terminal and cells:
@@ -87,5 +86,11 @@ def outcome(record: dict[str, Any]) -> str:
     score = record["score"]
     if record["status"] == "not_scored":
         return f"not scored, {score['note']}"
-    tokens = record["trace"]["visual_tokens_per_layer"]
-    return f"{score['metric']} {score['value']:.1f}, {tokens:.0f} visual tokens per layer"
+    trace = record["trace"]
+    text = f"{score['metric']} {score['value']:.1f}, {trace['visual_tokens_per_layer']:.0f} visual tokens per layer"
+    capped, ended = trace.get("capped_answers"), trace.get("ended_answers")
+    return (
+        f"{text}, {capped_text(capped, capped + ended)} answers hit the cap of {trace['cap']} tokens"
+        if capped
+        else text
+    )

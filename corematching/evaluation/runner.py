@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from corematching.evaluation import machine
 from corematching.evaluation.attempt import finished
+from corematching.evaluation.banner import banner, small_note
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.executors import EXECUTORS
 from corematching.evaluation.experiment import Experiment, plan
@@ -17,6 +17,7 @@ from corematching.evaluation.progress import Reporter
 from corematching.evaluation.publishing import publish_run
 from corematching.results.store import Store
 from corematching.results.table import build_table
+from corematching.results.terminal import show
 from corematching.tracking import start_tracking
 
 
@@ -40,6 +41,7 @@ def run_experiment(config: DictConfig) -> int:
     if pending:
         _check(experiment, pending)
     store = known or Store(experiment.folder)
+    experiment.manifest.write(experiment.folder)
     with Reporter(len(pending)) as reporter:
         for line in headline(experiment, len(pending)):
             reporter.say(line)
@@ -77,27 +79,9 @@ def headline(experiment: Experiment, pending: int) -> Iterator[str]:
     """The first lines of a run: what runs on what, and loudly if that is not the real thing."""
     settings, cells = experiment.settings, len(experiment.cells)
     model, data = settings["model"]["name"], settings["data"]["name"]
-    small = small_note(experiment)
-    if small:
-        chosen = any(word.startswith(("model=", "data=")) for word in settings["command"])
-        why = None if chosen else machine.why_small()
-        reason = f" ({why}; choose with model=... data=...)" if why else ""
-        yield f"NOTE: {small}{reason}"
+    yield from banner(settings)
     done = f", {cells - pending} already done" if pending < cells else ""
     yield f"{experiment.name}: {cells} cells on {model} with {data} data{done} -> {experiment.folder}"
-
-
-def small_note(experiment: Experiment) -> str | None:
-    """The warning that belongs to every number of the bundled model or data; None for the real ones."""
-    settings = experiment.settings
-    parts = []
-    if not settings["model"].get("comparable", True):
-        parts.append(f"the bundled {settings['model']['name']} model")
-    if settings["data"]["name"] == "mini":
-        parts.append("the bundled mini suite")
-    if settings["model"]["weights"] == "random":
-        parts.append("random weights")
-    return f"{' and '.join(parts)}: not comparable with published numbers" if parts else None
 
 
 def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
@@ -108,12 +92,13 @@ def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
     asked = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "0"
     settings = experiment.settings
     notes = [f"{settings['model']['name']}, data {settings['data']['name']}, {asked} questions per cell"]
-    notes += [f"prompt {settings['prompt']}; tokens/layer: visual tokens per decoder layer; FLOPs: 2 per multiply-add"]
-    notes += filter(None, [small_note(experiment)])
+    notes += [f"prompt {settings['prompt']}; tokens/layer: visual tokens per decoder layer"]
+    notes += ["GFLOPs per question: everything computed, 2 per multiply-add"]
+    notes += filter(None, [small_note(settings)])
     names = [benchmark.name for benchmark in experiment.benchmarks]
     table = build_table(records, names, notes, ranked=settings["match"] == "average")
     table.write(store.root)
-    table.show(reporter.console)
+    show(table, reporter.console)
     reporter.say(f"table: {store.root / 'table.md'}, {store.root / 'table.csv'}")
     failed = [record for record in present if record["status"] == "failed"]
     if failed:

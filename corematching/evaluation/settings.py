@@ -75,8 +75,9 @@ Named = BeforeValidator(_named)
 
 
 class Entry(Method):
-    """One entry of ``methods``: a method, perhaps joined with a second one, perhaps with parameters by budget."""
+    """One entry of ``methods``: a method, perhaps joined with a second one, with parameters by budget, with seeds."""
 
+    seeds: Annotated[list[Seed], Field(min_length=1), Worded("a list of seeds")] | None = None
     budgets: Annotated[dict[Any, dict[str, Parameter]] | None, Worded("the parameters of each budget")] = None
     second: Annotated[Method, Named] | None = Field(None, alias="with")
 
@@ -84,6 +85,8 @@ class Entry(Method):
     def _known_by_budget(self) -> Entry:
         for parameters in (self.budgets or {}).values():
             check_parameters(self.name, parameters)
+        if self.seeds:
+            check_parameters(self.name, {"seed": self.seeds})
         return self
 
 
@@ -232,6 +235,7 @@ class Generation(Part):
 class Settings(Part):
     """The whole configuration."""
 
+    name: FolderName | None
     experiment: FolderName
     runner: Annotated[str, OneOf("runner", lambda: RUNNERS)]
     model: Model
@@ -251,6 +255,8 @@ class Settings(Part):
     batch_size: Count
     limit: Count | None
     seed: Seed
+    controls: Annotated[Literal[True, "dense", False], Worded("true, dense or false")]
+    force: Annotated[bool | Annotated[float, Field(ge=0)], Worded("true, false or a time in seconds since 1970")]
     results_dir: Text
     report: Switch
     debug: Switch

@@ -27,9 +27,10 @@ def summarise(answers: Sequence[Answer], model_config: Any) -> dict[str, Any]:
     Returns
     -------
     dict
-        Token counts, KV bytes and FLOPs (2 per multiply-add), each the mean per sample. FLOPs are those of a sample
-        served alone: in a batch whose samples chose different neurons (``ffn_mode`` says "masked") the same numbers
-        come out of more arithmetic.
+        Token counts, KV bytes and FLOPs (2 per multiply-add), each the mean per sample; how many answers the model
+        ended itself, how many hit the cap on new tokens, and that cap. FLOPs are those of a sample served alone: in a
+        batch whose samples chose different neurons (``ffn_mode`` says "masked") the same numbers come out of more
+        arithmetic.
     """
     traces = [answer.trace for answer in answers]
     alone = [replace(trace, ffn_mode="sliced") if trace.ffn_mode == "masked" else trace for trace in traces]
@@ -43,6 +44,9 @@ def summarise(answers: Sequence[Answer], model_config: Any) -> dict[str, Any]:
         "kv_bytes": _mean([trace.kv_bytes for trace in traces]),
         "dense_kv_bytes": _mean([trace.dense_kv_bytes for trace in traces]),
         "generated_tokens": _mean([answer.tokens for answer in answers]),
+        "ended_answers": sum(answer.ended for answer in answers),
+        "capped_answers": sum(not answer.ended for answer in answers),
+        "cap": max((answer.tokens for answer in answers if not answer.ended), default=None),
         "ffn_mode": "+".join(sorted({trace.ffn_mode for trace in traces})),
         "flops": (flops(model_config, alone) / len(alone)).as_dict(),
         "flops_conventions": {

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from corematching.results.load import keep_order
+from corematching.results.columns import ANSWER, ANSWERS, COSTS, NEURONS, SHARE, TOKENS, capped_text, runaway_note
 from corematching.results.notes import interval, legend, statistical_notes
+from corematching.results.order import CONTROLS, keep_order, line_order
 from corematching.results.selection import CONTEXT, varied_parameters
 from corematching.results.tables import (
-    FLOPS_UNITS,
     HOLE,
     MINI_BANNER,
     PARTIAL,
@@ -24,13 +24,11 @@ from corematching.results.tables import (
     hole,
     mark,
     number,
-    significant,
-    unit_scale,
+    quantity,
     word,
 )
 from corematching.results.titles import benchmark_order, title
 
-CONTROLS = ("random", "uniform", "pooling")
 FAMILY = ("core_tokens", "core_neurons", "corematching", "corematching_release")
 
 
@@ -44,11 +42,14 @@ def contexts(cells: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def methods_of(group: pd.DataFrame) -> pd.DataFrame:
-    """One line per row of a table: dense first, then by budget from large to small, controls before the others."""
-    rows = group.drop_duplicates("row")[["row", "method", "method_name", "keep", "parameters"]]
+    """One line per row of a table: dense first, then by budget from large to small, each as the experiment lists them.
+
+    Where no experiment says, controls come before the others, and those by name.
+    """
+    rows = group.drop_duplicates("row")[["row", "method", "method_name", "keep", "parameters", "place"]]
     order = [
-        (name != "dense", keep_order(keep), name not in CONTROLS, label)
-        for label, name, keep in rows[["method", "method_name", "keep"]].itertuples(index=False)
+        (*line_order(name, keep), place, name not in CONTROLS, label)
+        for label, name, keep, place in rows[["method", "method_name", "keep", "place"]].itertuples(index=False)
     ]
     return rows.iloc[sorted(range(len(rows)), key=order.__getitem__)]
 
@@ -56,7 +57,6 @@ def methods_of(group: pd.DataFrame) -> pd.DataFrame:
 def accuracy_table(group: pd.DataFrame, suffix: str = "", notes: Sequence[str] = ()) -> Table:
     """Methods and budgets by benchmarks, with the mean share of dense, visual tokens per layer and FLOPs."""
     benchmarks = benchmark_order(group["benchmark"])
-    factor, unit = unit_scale(group["flops_total"], FLOPS_UNITS)
     cells, dense = _by_row(group), dense_values(group)
     rows = []
     for method in methods_of(group).itertuples():
@@ -64,21 +64,20 @@ def accuracy_table(group: pd.DataFrame, suffix: str = "", notes: Sequence[str] =
         entries = [
             word(method.method),
             word(_keep(method)),
-            number(_mean(own, "visual_tokens_per_layer"), reason=_absence(own)),
-            significant(_mean(own, "flops_total") / factor, reason=_absence(own)),
             *(score_entry(own.get(benchmark)) for benchmark in benchmarks),
             _share(own, dense),
+            *(quantity(cost, _mean(own, cost.key), _absence(own)) for cost in COSTS),
+            *_answers(own),
         ]
         rows.append(Row(tuple(entries), None if method.method_name == "dense" else _keep(method)))
     columns = (
         Column("method", "Method", numeric=False),
         Column("keep", "Keep"),
-        Column("tokens", "Tokens/layer"),
-        Column("flops", unit),
         *(Column(name, title(name), "higher") for name in benchmarks),
-        Column("share", "% of dense", "higher"),
+        Column(SHARE.key, SHARE.title, SHARE.better),
+        *(Column(cost.key, cost.title) for cost in (*COSTS, *ANSWERS)),
     )
-    caption = _caption(group, "Accuracy on " + _count(len(benchmarks), "benchmark"), unit)
+    caption = _caption(group, "Accuracy on " + _count(len(benchmarks), "benchmark"), costs=True)
     return mark(_table(f"accuracy{suffix}", "Accuracy per method and budget", caption, columns, rows, group, notes))
 
 
@@ -108,7 +107,7 @@ def scaling_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
         Column("dense", "all (dense)"),
         *(Column(budget(keep), budget(keep), "higher") for keep in keeps),
     )
-    caption = _caption(group, "Score over the budget (visual tokens kept, or the kept fraction)", "")
+    caption = _caption(group, "Score over the budget (visual tokens kept, or the kept fraction)")
     caption += " In brackets: the 95 % interval of the score itself; one-sided where every answer is right or wrong."
     return mark(_table(f"scaling{suffix}", "Scaling over keep", caption, columns, rows, group))
 
@@ -131,22 +130,22 @@ def ablation_table(group: pd.DataFrame, suffix: str = "") -> Table | None:
             word(method.method),
             *(word(_parameter(chosen.get(name))) for name in parameters),
             word(_keep(method)),
-            number(_mean(own, "visual_tokens_per_layer"), reason=_absence(own)),
-            _neurons(own),
             *(score_entry(own.get(benchmark)) for benchmark in benchmarks),
             _share(own, dense),
+            quantity(TOKENS, _mean(own, TOKENS.key), _absence(own)),
+            _neurons(own),
+            *_answers(own),
         ]
         rows.append(Row(tuple(entries), None if method.method_name == "dense" else "variants"))
     columns = (
         Column("label", "Variant", numeric=False),
         *(Column(name, name, numeric=False) for name in parameters),
         Column("keep", "Keep"),
-        Column("tokens", "Tokens/layer"),
-        Column("neurons", "Neurons/layer"),
         *(Column(name, title(name), "higher") for name in benchmarks),
-        Column("share", "% of dense", "higher"),
+        Column(SHARE.key, SHARE.title, SHARE.better),
+        *(Column(what.key, what.title) for what in (TOKENS, NEURONS, *ANSWERS)),
     )
-    caption = _caption(group, "Halves and choices of CoreMatching; parameters that no row varies are left out", "")
+    caption = _caption(group, "Halves and choices of CoreMatching; parameters that no row varies are left out")
     caption += " Neurons/layer is the mean count of FFN neurons used in decode over the layers that are sliced."
     return mark(_table(f"ablation{suffix}", "Ablations", caption, columns, rows, group))
 
@@ -224,6 +223,15 @@ def _neurons(own: dict[str, dict]) -> Entry:
     return number(float(np.mean(layers)), 0) if layers else word("all")
 
 
+def _answers(own: dict[str, dict]) -> tuple[Entry, Entry]:
+    """Tokens per answer, and how many answers hit the cap on new tokens."""
+    capped = [cell["capped_answers"] for cell in own.values() if cell["status"] == "done"]
+    ended = [cell["ended_answers"] for cell in own.values() if cell["status"] == "done"]
+    text = capped_text(sum(capped), sum(capped) + sum(ended)) if capped else None
+    hit = Entry(text, float(sum(capped))) if text else hole("the cells do not say how their answers ended")
+    return quantity(ANSWER, _mean(own, ANSWER.key), _absence(own)), hit
+
+
 def _keep(method) -> str:
     adaptive = method.keep is None and method.method_name != "dense"
     return "adaptive" if adaptive else budget(method.keep)
@@ -247,7 +255,7 @@ def _count(number_of: int, noun: str) -> str:
     return f"{number_of} {noun}" + ("" if number_of == 1 else "s")
 
 
-def _caption(group: pd.DataFrame, subject: str, flops: str) -> str:
+def _caption(group: pd.DataFrame, subject: str, costs: bool = False) -> str:
     first = group.iloc[0]
     sizes = sorted({int(n) for n in group.loc[group["status"] == "done", "n"].dropna()})
     n = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]} to {sizes[-1]}" if sizes else "n unknown"
@@ -257,9 +265,9 @@ def _caption(group: pd.DataFrame, subject: str, flops: str) -> str:
         f" prompt {first['prompt']}, {n} questions per benchmark.",
         "Tokens/layer is the mean count of visual tokens entering a decoder layer, from the trace.",
     ]
-    if flops:
+    if costs:
         sentences.append(
-            f"{flops} per question: 2 per multiply-add; vision tower, projector, prefill, decode, output head and"
+            "GFLOPs per question: 2 per multiply-add; vision tower, projector, prefill, decode, output head and"
             " method overhead together. % of dense is the mean over benchmarks of score / dense score."
         )
     sentences.append(f"Bold: best, underlined: second best of a budget (dense apart). {HOLE}: no number.")
@@ -271,5 +279,17 @@ def _table(
     name: str, heading: str, caption: str, columns, rows, group: pd.DataFrame, notes: Sequence[str] = ()
 ) -> Table:
     banner = MINI_BANNER if (group["data"] == "mini").any() else ""
-    remarks = [*statistical_notes(group), *notes]
+    remarks = [*_runaway_note(group), *statistical_notes(group), *notes]
     return Table(name, heading, caption, tuple(columns), tuple(rows), tuple(remarks), banner)
+
+
+def _runaway_note(group: pd.DataFrame) -> list[str]:
+    done = group[group["status"] == "done"]
+    names = ["benchmark", "method", "keep", "capped_answers", "ended_answers", "cap"]
+    told = runaway_note(
+        [
+            (f"{title(benchmark)}, {method}{'' if keep is None else f' {budget(keep)}'}:", capped, capped + ended, cap)
+            for benchmark, method, keep, capped, ended, cap in done[names].itertuples(index=False)
+        ]
+    )
+    return [told] if told else []

@@ -6,37 +6,11 @@ import math
 
 import pandas as pd
 
-from corematching.results.load import keep_order
-from corematching.results.table import engines_note, prediction_note
-from corematching.results.tables import (
-    BYTES_UNITS,
-    Column,
-    Entry,
-    Row,
-    Table,
-    budget,
-    hole,
-    mark,
-    number,
-    significant,
-    unit_scale,
-    word,
-)
+from corematching.results.columns import EFFICIENCY, SPEEDUP, Quantity
+from corematching.results.order import line_order
+from corematching.results.tables import BUNDLED_TIMES, Column, Entry, Row, Table, budget, mark, quantity, word
+from corematching.results.timing import dense_is_off, engines_note, noise_warning, prediction_note
 
-#: Fields of an efficiency row (``bench`` in ``cell.json``). Times are medians in milliseconds; ``<field>_iqr``, where
-#: present, is the distance between their quartiles. Memory is in bytes, shares are of the measured peak, in [0, 1].
-TIMES = {
-    "prefill_ms": "Prefill ms",
-    "decode_ms_per_token": "Decode ms/token",
-    "end_to_end_ms": "End to end ms",
-    "overhead_ms": "Overhead ms",
-}
-BYTES = {"peak_memory_bytes": "Peak memory", "kv_bytes": "KV cache"}
-RATES = {
-    "flops_share": ("% of FLOP/s", 100.0),
-    "decode_gb_per_s": ("GB/s", 1.0),
-    "bandwidth_share": ("% of bandwidth", 100.0),
-}
 #: What must be equal for two rows to be compared.
 SETTING = ["model", "device", "regime", "output_tokens", "predicted", "dense_engine", "dtype", "prompt_tokens"]
 
@@ -62,16 +36,14 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         "from_layers",
         "prompt_tokens",
         "repeats",
-        *TIMES,
-        *BYTES,
-        *RATES,
-        "paired_speedup",
-        "paired_speedup_iqr",
-        *(f"{name}_iqr" for name in TIMES),
+        *(what.key for what in EFFICIENCY if what.key != "repeats"),
+        *(f"{what.key}_iqr" for what in EFFICIENCY if what.key != "repeats"),
     ]
     names = ["id", "folder", "model", "method", "method_name", "keep", "dtype", "hardware", "finished", "flops_total"]
-    names += ["model_config", "versions", "git_commit"]
+    names += ["model_config", "versions", "git_commit", "place"]
     rows = chosen[names].reset_index(drop=True)
+    bundled = [str(config.get("path", "")).startswith("packaged:") for config in chosen["model_config"]]
+    rows["bundled"] = pd.Series(bundled, index=rows.index, dtype=bool)
     for name in fields:
         rows[name] = pd.Series([bench.get(name) for bench in chosen["bench"]], index=rows.index, dtype=object)
     rows["device"] = rows["device"].where(rows["device"].notna(), rows["hardware"])
@@ -114,7 +86,8 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
     """All efficiency rows; ``None`` if there are none. Numbers compete within one setting."""
     if rows.empty:
         return None
-    scales = {name: unit_scale(rows[name], BYTES_UNITS) for name in BYTES}
+    shown = [what for what in EFFICIENCY if rows[what.key].notna().any() or what in (*EFFICIENCY[:3], SPEEDUP)]
+    noisy = unsteady_settings(rows)
     body = []
     for row in sorted((rows.loc[index] for index in rows.index), key=_order):
         predicted = f" ({prediction_note(row['from_layers'])})" if row["predicted"] is True else ""
@@ -125,49 +98,57 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
             word("?" if row["output_tokens"] is None else row["output_tokens"]),
             word(row["method"]),
             word(budget(row["keep"])),
-            *(_time(row, name) for name in TIMES),
-            *(significant(row[name] / scales[name][0]) for name in BYTES),
-            *(number(factor * row[name]) for name, (_, factor) in RATES.items()),
-            _with_spread(row["speedup"], row["paired_speedup_iqr"], 2, "no dense row with this device, regime and output length"),
-            number(row["repeats"], 0),
+            *(_entry(row, what) for what in shown),
         ]
-        body.append(Row(tuple(entries), "/".join(str(row[name]) for name in SETTING)))
+        # Where dense cannot be told from dense, nothing is best: numbers of block None do not compete.
+        body.append(Row(tuple(entries), None if _setting(row) in noisy else "/".join(_setting(row))))
     columns = (
         *(Column(key, heading, numeric=False) for key, heading in (("model", "Model"), ("device", "Device"))),
         Column("regime", "Weights", numeric=False),
         Column("output", "Output tokens"),
         Column("method", "Method", numeric=False),
         Column("keep", "Keep"),
-        *(Column(name, heading, "lower") for name, heading in TIMES.items() if name != "overhead_ms"),
-        Column("overhead_ms", TIMES["overhead_ms"]),
-        Column("peak_memory_bytes", f"{BYTES['peak_memory_bytes']} {scales['peak_memory_bytes'][1]}"),
-        Column("kv_bytes", f"{BYTES['kv_bytes']} {scales['kv_bytes'][1]}", "lower"),
-        *(Column(name, heading) for name, (heading, _) in RATES.items()),
-        Column("speedup", "Speed-up", "higher"),
-        Column("repeats", "Pairs"),
+        *(Column(what.key, what.title, what.better) for what in shown),
     )
     caption = (
         "Medians over repeats, ± half the distance between the quartiles, at a forced output length; dense runs in"
-        " the same process. Speed-up is dense end-to-end time over the row's own (median over pairs); the dense row's is"
+        " the same process. x dense is dense end-to-end time over the row's own (median over pairs); the dense row's is"
         " dense against itself, and what it is off 1 by is noise. Peak memory on a CPU is the whole process's, which"
         " ranks nothing. Rows marked predicted come from the roofline model, not from a measurement. Bold: best,"
         " underlined: second best of a setting."
     )
+    notes = [warning for _, warning in noisy.values()]
     older = rows.attrs.get("older", 0)
-    notes = (f"{older} older rows for the same lines are left out.",) if older else ()
-    return mark(Table("hardware", "Time and memory", caption, columns, tuple(body), notes))
+    notes += [f"{older} older rows for the same lines are left out."] if older else []
+    banner = BUNDLED_TIMES if rows["bundled"].any() else ""
+    return mark(Table("hardware", "Time and memory", caption, columns, tuple(body), tuple(notes), banner))
+
+
+def unsteady_settings(rows: pd.DataFrame) -> dict[tuple[str, ...], tuple[float, str]]:
+    """Settings in which dense timed against itself is off by more than its noise allows: by what, and in words."""
+    dense = rows[(rows["method_name"] == "dense") & (rows["predicted"] != True)]  # noqa: E712  # a column of objects
+    found = {}
+    for index in dense.index:
+        row = dense.loc[index]
+        if dense_is_off(row[SPEEDUP.key], row[f"{SPEEDUP.key}_iqr"]):
+            off = (row[SPEEDUP.key], row[f"{SPEEDUP.key}_iqr"])
+            found[_setting(row)] = (row[SPEEDUP.key], noise_warning(setting_title(row), *off))
+    return found
 
 
 def _order(row: pd.Series) -> tuple:
     setting = (*(str(row[name]) for name in SETTING[:3]), row["output_tokens"] or 0)
-    return (*setting, row["method_name"] != "dense", keep_order(row["keep"]), row["method"])
+    return (*setting, *line_order(row["method_name"], row["keep"]), row["place"], row["method"])
 
 
-def _time(row: pd.Series, name: str) -> Entry:
-    return _with_spread(row[name], row[f"{name}_iqr"], 2 if row[name] < 100 else 1, "not measured")
+def _setting(row: pd.Series) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in SETTING)
 
 
-def _with_spread(value: float, quartiles: float, decimals: int, missing: str) -> Entry:
-    if not math.isfinite(value):
-        return hole(missing)
-    return number(value, decimals, spread=f" ± {quartiles / 2:.{decimals}f}" if math.isfinite(quartiles) else "")
+def _entry(row: pd.Series, what: Quantity) -> Entry:
+    """A measured quantity with half the distance between its quartiles, where the row has that."""
+    if what is SPEEDUP and not math.isfinite(row[what.key]):
+        # Rows of other benches hold no pairs; their speed-up is over the dense row of the same setting.
+        return quantity(what, row["speedup"], "no dense row with this device, regime and output length")
+    around = what.text(row.get(f"{what.key}_iqr", math.nan) / 2)
+    return quantity(what, row[what.key], spread=f" ± {around}" if around else "")

@@ -7,6 +7,7 @@ named in :attr:`Results.problems` (and as a :class:`StoreWarning`); reading neve
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corematching.errors import UserError
+from corematching.results.manifest import UNPLACED, Manifest, read_manifest
+from corematching.results.order import keep_order
 from corematching.results.store import SCHEMA, STATUSES
 
 KINDS = ("accuracy", "efficiency")
@@ -49,9 +52,12 @@ TRACE = (
     "dense_kv_bytes",
     "generated_tokens",
     "ffn_width",
+    "ended_answers",
+    "capped_answers",
+    "cap",
 )
 NUMBERS = (
-    *("limit", "seed", "n", "value", "scale", "seconds", "model_seconds"),
+    *("limit", "seed", "n", "value", "scale", "seconds", "model_seconds", "place"),
     *TRACE,
     *(f"flops_{part}" for part in FLOPS_PARTS),
     *(f"flops_{name}" for name in CONVENTIONS),
@@ -151,11 +157,12 @@ def load_results(folders: Iterable[Path | str]) -> Results:
     """
     results = Results(pd.DataFrame())
     records: dict[tuple[str, str], dict[str, Any]] = {}
-    for folder in map(Path, folders):
+    for number, folder in enumerate(map(Path, folders)):
         if not (folder / "cells").is_dir():
             raise UserError(
                 f"{folder} is no experiment folder: it holds no 'cells' folder (expected <results_dir>/<experiment>)"
             )
+        manifest = read_manifest(folder) or Manifest({})
         for cell in sorted((folder / "cells").iterdir()):
             if not cell.is_dir() or cell.name.startswith("."):
                 continue  # lock files and folders still being written
@@ -164,6 +171,8 @@ def load_results(folders: Iterable[Path | str]) -> Results:
             except _Unusable as error:
                 results.report(_name(cell), str(error))
                 continue
+            # Lines of a second folder stand behind those of the first.
+            record["place"] = float(number * UNPLACED + manifest.place(record["method"], record["keep"]))
             records.setdefault((record["kind"], record["id"]), record)
     results.cells = _frame(records.values())
     return results
@@ -239,7 +248,7 @@ def _row(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             "bench": record.get("bench"),
         }
         row.update({name: "" if row[name] is None else str(row[name]) for name in TEXT})
-        row.update({name: float("nan") if row[name] is None else float(row[name]) for name in NUMBERS})
+        row.update({name: math.nan if row.get(name) is None else float(row[name]) for name in NUMBERS})
     except KeyError as missing:
         raise _Unusable(f"cell.json lacks {missing}") from None
     except (AttributeError, TypeError, ValueError) as error:
@@ -262,15 +271,6 @@ def hardware_name(hardware: Mapping[str, Any]) -> str:
     if hardware.get("gpu"):
         return str(hardware["gpu"])
     return f"{hardware.get('cpu') or 'unknown CPU'} ({hardware.get('cores', '?')} cores)"
-
-
-def keep_order(keep: Any) -> tuple[int, float]:
-    """Sorting key of a budget: none first, then counts from many to few, then fractions from many to few."""
-    if keep is None or keep != keep:
-        return (0, 0.0)
-    if isinstance(keep, str):
-        return (3, 0.0)
-    return (1 if float(keep) > 1 or isinstance(keep, int) else 2, -float(keep))
 
 
 def _frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:

@@ -18,7 +18,8 @@ from corematching.results.selection import CONTEXT
 from corematching.results.statistics import LEVEL, Ratio
 
 #: Numbers of a cell that are averaged over seeds; the others are the same for all, or are counts of work done.
-AVERAGED = [name for name in NUMBERS if name not in ("limit", "seed", "n", "scale")]
+COUNTED = ["ended_answers", "capped_answers"]
+AVERAGED = [name for name in NUMBERS if name not in ("limit", "seed", "n", "scale", "cap", *COUNTED)]
 BY_LAYER = ("visual_tokens_by_layer", "neurons_by_layer")
 
 
@@ -28,7 +29,7 @@ def merge(cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     Returns
     -------
     shown : pandas.DataFrame
-        The first finished cell of each row, its numbers averaged over the row's finished cells.
+        The first finished cell of each row, its numbers averaged (answers: counted) over the row's finished cells.
     members : pandas.Series
         For each cell, the index of the row in ``shown`` that it belongs to.
     """
@@ -44,6 +45,7 @@ def merge(cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
         members[group.index] = first
         if len(finished):
             shown.loc[first, AVERAGED] = finished[AVERAGED].astype(float).mean()
+            shown.loc[first, COUNTED] = finished[COUNTED].astype(float).sum(min_count=len(finished))
             for name in BY_LAYER:
                 shown.at[first, name] = _mean_by_layer(finished[name].tolist())
     return shown.loc[shown.index.isin(set(members))], members

@@ -1,6 +1,7 @@
 """The table of one run: on the terminal, and as ``table.md`` and ``table.csv`` beside the cells.
 
-The paper's tables, with statistics, are made by `corematching.results.aggregate` from any number of runs.
+The paper's tables, with statistics, are made by `corematching.results.aggregate` from any number of runs; both take their
+columns from `corematching.results.columns` and the order of lines from `corematching.results.order`.
 """
 
 import csv
@@ -8,12 +9,37 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from corematching import files
+from corematching.results.columns import ANSWER, CAPPED, COSTS, FLOPS, SHARE, TOKENS, capped_text, runaway_note
+from corematching.results.order import line_order
 
 HOLE = "—"
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunColumn:
+    """A column: its title, a shorter one, and what becomes of it where there is little room.
+
+    Attributes
+    ----------
+    role
+        "label" (repeated in every block), "number" (moves to another block) or "cost" (left out first).
+    left
+        Whether its texts begin at the left.
+    """
+
+    title: str
+    short: str = ""
+    role: str = "number"
+    left: bool = False
+
+
+METHOD = RunColumn("method", role="label", left=True)
+KEEP = RunColumn("keep", role="label")
 
 
 @dataclass(frozen=True)
@@ -22,23 +48,32 @@ class RunTable:
 
     Attributes
     ----------
-    header
-        Column titles.
+    columns
+        What stands in which column.
     rows
         One tuple of formatted texts per method and budget.
     notes
         Lines to print below: what the numbers are, and why there are holes.
+    warnings
+        Lines that must not be overlooked.
     """
 
-    header: tuple[str, ...]
+    columns: tuple[RunColumn, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Column titles."""
+        return tuple(column.title for column in self.columns)
 
     def markdown(self) -> str:
         """A GitHub table with the notes below."""
-        lines = [_pipe(self.header), _pipe("---" if i == 0 else "---:" for i in range(len(self.header)))]
+        lines = [_pipe(self.header), _pipe("---" if column.left else "---:" for column in self.columns)]
         lines += [_pipe(row) for row in self.rows]
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]) + "\n"
+        told = [*(f"**Warning:** {warning}" for warning in self.warnings), *self.notes]
+        return "\n".join([*lines, "", *(f"- {line}" for line in told)]) + "\n"
 
     def csv(self) -> str:
         """The same texts, comma-separated; holes are empty."""
@@ -53,19 +88,6 @@ class RunTable:
         files.write(folder / "table.md", self.markdown())
         files.write(folder / "table.csv", self.csv())
 
-    def show(self, console: Any) -> None:
-        """Print to a rich console."""
-        from rich.table import Table
-
-        table = Table(show_edge=False, pad_edge=False)
-        for i, title in enumerate(self.header):
-            table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        console.print(table)
-        for note in self.notes:
-            console.print(f"  {note}", style="dim", markup=False, highlight=False, soft_wrap=True)
-
 
 def build_table(
     records: Sequence[Mapping[str, Any] | None],
@@ -78,7 +100,8 @@ def build_table(
     Parameters
     ----------
     records
-        Accuracy records of the run in its order; None for a cell that is missing.
+        Accuracy records of the run in its order; None for a cell that is missing. Those that share method, budget and
+        benchmark (seeds) share a field: their mean, with the standard deviation over them.
     benchmarks
         Names of the benchmark columns, in order.
     notes
@@ -86,22 +109,54 @@ def build_table(
     ranked
         Add a note per budget that ranks the methods with as many visual tokens per layer as the random control.
     """
-    rows: dict[tuple[str, Any], dict[str, Mapping[str, Any]]] = {}
-    for record in records:
-        if record is not None:
-            label = record["labels"]
-            rows.setdefault((label["method"], label["keep"]), {})[label["benchmark"]] = record
+    present = [record for record in records if record is not None]
+    rows: dict[tuple[str, Any], dict[str, list[Mapping[str, Any]]]] = {}
+    for record in sorted(present, key=lambda one: line_order(one["config"]["method"]["name"], one["labels"]["keep"])):
+        label = record["labels"]
+        rows.setdefault((label["method"], label["keep"]), {}).setdefault(label["benchmark"], []).append(record)
     dense = {
         record["labels"]["benchmark"]: _value(record)
-        for record in records
-        if record is not None and record["config"]["method"]["name"] == "dense"
+        for record in present
+        if record["config"]["method"]["name"] == "dense"
     }
-    header = ("method", "keep", *benchmarks, "% of dense", "tokens/layer", "KV MB", "prefill TFLOPs")
+    columns = (
+        METHOD,
+        KEEP,
+        *(RunColumn(name) for name in benchmarks),
+        RunColumn(SHARE.name, SHARE.short),
+        *(RunColumn(quantity.name, quantity.short, "cost") for quantity in COSTS),
+        *(RunColumn(quantity.name, quantity.short) for quantity in (ANSWER, CAPPED)),
+    )
     lines = tuple(_line(label, cells, benchmarks, dense) for label, cells in rows.items())
     rankings = _rankings(rows, benchmarks, dense) if ranked else []
     scored = [name for name in benchmarks if dense.get(name)]
     partly = [f"% of dense averages {', '.join(scored)}"] if 0 < len(scored) < len(benchmarks) else []
-    return RunTable(header, lines, (*notes, *partly, *_remarks(records), *rankings, *_holes(records)))
+    runaway = runaway_note([_capped_cell(*at, cells) for at, own in rows.items() for cells in own.values()])
+    told = (*notes, *_seeds(rows), *partly, *_remarks(records), *rankings, *_holes(records))
+    return RunTable(columns, lines, told, (runaway,) if runaway else ())
+
+
+def _seeds(rows: Mapping[tuple[str, Any], Mapping[str, Records]]) -> list[str]:
+    """How many seeds stand behind which lines."""
+    counts = {method: max(map(len, cells.values())) for (method, _), cells in rows.items()}
+    several = [f"{method} ({count})" for method, count in counts.items() if count > 1]
+    return [f"mean ± standard deviation over seeds: {', '.join(several)}"] if several else []
+
+
+def _capped_cell(method: str, keep: Any, cells: Records) -> tuple[str, float, float, float]:
+    capped, answers = _capped(cells) or (0, 1)
+    budget = "" if keep is None else f" {keep}"
+    cap = max((cell["trace"].get("cap") or 0 for cell in cells if cell.get("trace")), default=0)
+    return f"{cells[0]['labels']['benchmark']}, {method}{budget}:", capped, answers, cap
+
+
+def _capped(cells: Records) -> tuple[int, int] | None:
+    """Answers that hit the cap, and all answers; None if nobody counted."""
+    traces = [cell["trace"] for cell in cells if cell.get("trace")]
+    if not traces or any(trace.get("capped_answers") is None for trace in traces):
+        return None
+    capped = sum(trace["capped_answers"] for trace in traces)
+    return capped, capped + sum(trace["ended_answers"] for trace in traces)
 
 
 def _remarks(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
@@ -115,36 +170,55 @@ def _remarks(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
 
 def _line(
     label: tuple[str, Any],
-    cells: Mapping[str, Mapping[str, Any]],
+    cells: Mapping[str, Records],
     benchmarks: Sequence[str],
     dense: Mapping[str, float | None],
 ) -> tuple[str, ...]:
     method, keep = label
-    values = {name: _value(cells[name]) for name in benchmarks if name in cells}
-    traces = [cell["trace"] for cell in cells.values() if cell.get("trace")]
+    everything = [cell for own in cells.values() for cell in own]
+    share = _share(cells, benchmarks, dense)
+    capped = _capped(everything)
     return (
         method,
         HOLE if keep is None else str(keep),
-        *(_number(values.get(name), 1) for name in benchmarks),
-        _number(_share(cells, benchmarks, dense), 1),
-        _number(_trace_mean(traces, "visual_tokens_per_layer"), 1),
-        _number(_trace_mean(traces, "kv_bytes", 1e6), 2),
-        _number(_trace_mean([trace["flops"] for trace in traces], "prefill", 1e12), 4),
+        *(_score(cells.get(name, ())) for name in benchmarks),
+        SHARE.text(share) or HOLE,
+        *(quantity.text(_traced(everything, quantity.key)) or HOLE for quantity in (*COSTS, ANSWER)),
+        (capped_text(*capped) if capped else None) or HOLE,
     )
 
 
+def _score(cells: Records) -> str:
+    """A field: the score, or the mean over seeds and its spread; a hole if one of them has none."""
+    values = [value for cell in cells if (value := _value(cell)) is not None]
+    if not values or len(values) < len(cells):
+        return HOLE
+    return f"{fmean(values):.1f}" + (f" ±{stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def _share(
-    cells: Mapping[str, Mapping[str, Any]], benchmarks: Sequence[str], dense: Mapping[str, float | None]
+    cells: Mapping[str, Records], benchmarks: Sequence[str], dense: Mapping[str, float | None]
 ) -> float | None:
     """Mean percentage of the dense scores, over the benchmarks that dense has one on; None if one is missing here."""
     bases = {name: base for name in benchmarks if (base := dense.get(name))}
-    values = {name: _value(cells[name]) for name in bases if name in cells}
-    shares = [100 * value / bases[name] for name, value in values.items() if value is not None]
-    return fmean(shares) if shares and len(shares) == len(bases) else None
+    shares = []
+    for name, base in bases.items():
+        values = [_value(cell) for cell in cells.get(name, ())]
+        if not values or None in values:
+            return None
+        shares.append(100 * fmean(value for value in values if value is not None) / base)
+    return fmean(shares) if shares else None
+
+
+def _traced(cells: Records, key: str) -> float | None:
+    """Mean of a trace summary's entry over cells; None if one of them lacks it."""
+    traces = [cell["trace"] for cell in cells if cell.get("trace")]
+    values = [trace["flops"].get("total") if key == FLOPS.key else trace.get(key) for trace in traces]
+    return None if not values or None in values else fmean(values)
 
 
 def _rankings(
-    rows: Mapping[tuple[str, Any], Mapping[str, Mapping[str, Any]]],
+    rows: Mapping[tuple[str, Any], Mapping[str, Records]],
     benchmarks: Sequence[str],
     dense: Mapping[str, float | None],
 ) -> list[str]:
@@ -152,9 +226,10 @@ def _rankings(
     standing: dict[Any, list[tuple[float, float, str, bool]]] = {}
     for (method, keep), cells in rows.items():
         share = _share(cells, benchmarks, dense)
-        tokens = _trace_mean([cell["trace"] for cell in cells.values() if cell.get("trace")], "visual_tokens_per_layer")
+        everything = [cell for own in cells.values() for cell in own]
+        tokens = _traced(everything, TOKENS.key)
         if share is not None and tokens is not None:
-            control = all(cell["config"]["method"]["name"] == "random" for cell in cells.values())
+            control = all(cell["config"]["method"]["name"] == "random" for cell in everything)
             standing.setdefault(keep, []).append((share, tokens, method, control))
     lines = []
     for entries in standing.values():
@@ -173,14 +248,6 @@ def _rankings(
 
 def _value(record: Mapping[str, Any]) -> float | None:
     return (record.get("score") or {}).get("value") if record["status"] == "done" else None
-
-
-def _trace_mean(traces: Sequence[Mapping[str, Any]], key: str, unit: float = 1.0) -> float | None:
-    return fmean(trace[key] for trace in traces) / unit if traces else None
-
-
-def _number(value: float | None, digits: int) -> str:
-    return HOLE if value is None else f"{value:.{digits}f}"
 
 
 def _holes(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
@@ -205,14 +272,3 @@ def _holes(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
 
 def _pipe(texts: Any) -> str:
     return "| " + " | ".join(str(text).replace("|", "\\|") for text in texts) + " |"
-
-
-def prediction_note(from_layers: float | None) -> str:
-    """How a row that was not measured is marked; from a slice of so many layers, if any."""
-    return "predicted" + (f" from {from_layers:.0f} layers" if from_layers and from_layers > 0 else "")
-
-
-def engines_note(engine: str, dense_engine: str) -> str:
-    """How a row is marked whose dense runs decoded with another engine; empty if they did not."""
-    different = engine and dense_engine and engine != dense_engine
-    return f", {engine} against {dense_engine} dense" if different else ""

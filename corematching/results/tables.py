@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from corematching.results.columns import Quantity
+
 HOLE = "—"
 #: Marks beside a number that is compared with dense's: what is printed, and what it says.
 MARKS = {
@@ -20,6 +22,8 @@ MARKS = {
 #: Mark of a number that was computed from a part of its subtasks.
 PARTIAL = "†"
 MINI_BANNER = "Bundled tiny model on the bundled mini suite: not comparable with published numbers."
+
+BUNDLED_TIMES = "Bundled tiny model: times show that the machinery works, and nothing about real models."
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,14 @@ def significant(value: float | None, digits: int = 3, reason: str = "not measure
     return Entry(f"{value:.{decimals}f}", float(value), **more)
 
 
+def quantity(what: Quantity, value: float | None, reason: str = "not measured", **more) -> Entry:
+    """A number as its column shows it everywhere; a hole if there is none."""
+    text = what.text(value)
+    if text is None or value is None:
+        return hole(reason, more.get("cell", ""))
+    return Entry(text, float(what.factor * value), **more)
+
+
 def budget(keep: object) -> str:
     """A budget in words: a count of visual tokens, a kept fraction, or "all"."""
     if keep is None or keep != keep:
@@ -161,8 +173,8 @@ def unit_scale(values: Sequence[float], units: Sequence[tuple[float, str]]) -> t
     return next(((factor, name) for factor, name in units if largest >= factor), units[-1])
 
 
-FLOPS_UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
-BYTES_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+#: One unit for FLOPs per question, in every table and figure.
+FLOPS_UNITS = ((1e9, "GFLOPs"),)
 
 
 def mark(table: Table) -> Table:
