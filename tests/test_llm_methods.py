@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import IMAGE_TOKENS, left_pad, make_prompt
 from parity_llm import compare, recorded
+from scipy.stats import spearmanr
 
 import corematching as cm
 from corematching.methods.clustering import cluster_means, density_peak_clusters
@@ -301,6 +303,7 @@ def test_topv_keeps_exactly_what_was_asked_and_every_choice_matters(random_llava
         {"central_weight": 2.0},
         {"epsilon": 2.0},
         {"importance": "mass", "iterations": 1},
+        {"terms": "raw"},
     ):
         assert kept(**change) != default, change
     assert kept() == default
@@ -312,6 +315,36 @@ def test_topv_prefers_the_centre_when_only_the_centre_counts(random_llava):
     with cm.build_method("topv", layer=0, keep=4, **parameters)(random_llava) as trace:
         random_llava(**make_prompt(3))
     assert trace.samples[0].visual_tokens[1].tolist() == [27, 28, 35, 36]
+
+
+@pytest.mark.parametrize("width", [32, 256])
+@pytest.mark.parametrize("epsilon", [0.05, 0.1, 0.5])
+@pytest.mark.parametrize("related", [True, False])
+def test_topv_does_not_rank_random_features_by_their_distance_from_the_centre(width, epsilon, related):
+    generator = torch.Generator().manual_seed(width)
+    side = 16
+    sources = torch.randn(1, side * side, width, generator=generator)
+    targets = torch.randn(1, side * side, width, generator=generator) * 0.5 + (sources if related else 0)
+    origin = torch.arange(side * side)[None]
+    view = SimpleNamespace(
+        entered=sources,
+        attended=lambda: targets,
+        gather=lambda values: values,
+        origin=origin,
+        prompt=SimpleNamespace(grid=(side, side)),
+        visual_valid=torch.ones(1, side * side, dtype=torch.bool),
+    )
+    central = grid_distances(origin, (side, side))[1][0]
+
+    def explained(**parameters):
+        scores = cm.build_method("topv", epsilon=epsilon, **parameters).scores(view)[0]
+        return float(spearmanr(scores, -central).statistic)
+
+    assert abs(explained()) < 0.55
+    assert explained(terms="raw", spatial_weight=0.5) > 0.65
+    features = cm.build_method("topv", epsilon=epsilon, spatial_weight=0.0, central_weight=0.0).scores(view)[0]
+    ours = cm.build_method("topv", epsilon=epsilon).scores(view)[0]
+    assert float(spearmanr(ours, features).statistic) > 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------- SGL
@@ -449,6 +482,7 @@ def test_sgl_refuses_a_guide_with_another_grid(random_llava, tmp_path):
         ("topv", {"epsilon": 0}, r"epsilon=0"),
         ("topv", {"feature": "manhattan"}, r"feature='manhattan'.*cosine"),
         ("topv", {"central_weight": -1}, r"central_weight=-1"),
+        ("topv", {"terms": "squared"}, r"terms='squared'.*normalised, raw"),
         ("sgl", {"layer_fraction": 1.0}, r"layer_fraction=1.0"),
         ("sgl", {"early_exit": 0}, r"early_exit=0"),
         ("sgl", {"exit_score": "sum"}, r"exit_score='sum'.*mean, confidence, consistency"),

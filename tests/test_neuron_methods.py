@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import left_pad, make_prompt
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import corematching as cm
@@ -172,9 +173,15 @@ def test_training_finds_neurons_that_follow_from_the_input():
     samples = Samples(inputs, torch.relu(inputs @ weight.T))
     predictor, found = train_predictor(samples, keep=0.25, rank=24, steps=300)
     assert found > 0.7
+    assert not predictor.relu
+    torch.testing.assert_close(predictor(inputs), inputs @ predictor.first.T @ predictor.second.T)
+    assert predictor.frequency.sum() == pytest.approx(10, rel=1e-4)
     _, unrelated = train_predictor(Samples(inputs[torch.randperm(600)], samples.activations), 0.25, 24, steps=300)
     assert unrelated < 0.5
-    assert predictor.frequency.sum() == pytest.approx(10, rel=1e-4)
+    variant, found = train_predictor(samples, keep=0.25, rank=24, steps=300, labels="positive", relu=True)
+    assert found > 0.7
+    assert variant.relu
+    assert torch.equal(variant.frequency, (samples.activations > 0).float().mean(0))
 
 
 @torch.no_grad()
@@ -256,12 +263,22 @@ def test_a_predictor_of_another_model_is_refused(random_llava, tmp_path):
         cm.build_method("powerinfer", predictor=str(path))(random_llava).__enter__()
 
 
+def test_a_predictor_file_that_does_not_say_its_form_is_refused(random_llava, tmp_path):
+    path = tmp_path / "old.safetensors"
+    save_file({"layers.0.first": torch.zeros(4, 32)}, path)
+    with pytest.raises(cm.UserError, match="does not say its form"):
+        cm.build_method("dejavu", predictor=str(path))(random_llava).__enter__()
+
+
 def test_predictor_files_keep_numbers_and_notes(random_llava, tmp_path):
     path = tmp_path / "predictors.safetensors"
     made = {i: Predictor(torch.randn(4, 32), torch.randn(WIDTH, 4), torch.rand(WIDTH)) for i in range(6)}
     save_predictors(path, made, {"recall": json.dumps([0.5] * 6)})
     loaded = load_predictors(str(path), random_llava, random_llava.model.language_model)
     torch.testing.assert_close(loaded[3].second, made[3].second, atol=2e-3, rtol=1e-3)
+    assert not loaded[3].relu
+    save_predictors(path, {i: replace(own, relu=True) for i, own in made.items()}, {"recall": json.dumps([0.5] * 6)})
+    assert load_predictors(str(path), random_llava, random_llava.model.language_model)[5].relu
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["recall"]) == [0.5] * 6
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from corematching import files
@@ -21,17 +21,23 @@ from corematching.methods.predictor import Predictor
 
 FILE_NAME = "predictors.safetensors"
 PARTS = ("first", "second", "frequency")
+FORM = "form"
+"""Metadata entry that says what stands between the two maps."""
 
 
 def save_predictors(path: Path, predictors: Mapping[int, Predictor], notes: Mapping[str, str]) -> None:
-    """Write one predictor per layer; ``notes`` go into the file's metadata."""
+    """Write one predictor per layer, all of one form; ``notes`` go into the file's metadata."""
     tensors = {
         f"layers.{layer}.{part}": getattr(predictor, part).half().contiguous()
         for layer, predictor in predictors.items()
         for part in PARTS
     }
     with files.replacing(path) as temporary:
-        save_file(tensors, temporary, dict(notes))
+        save_file(tensors, temporary, {**notes, FORM: _form(any(made.relu for made in predictors.values()))})
+
+
+def _form(relu: bool) -> str:
+    return "linear-relu-linear" if relu else "linear-linear"
 
 
 def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Predictor]:
@@ -45,16 +51,20 @@ def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Pre
     Raises
     ------
     UserError
-        If there is no such file (says how to make one), or it was made for another model.
+        If there is no such file (says how to make one), it does not say its form, or it was made for another model.
     """
     path = Path(model.config._name_or_path) / FILE_NAME if file is None else Path(file)
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as opened:
+            form = (opened.metadata() or {}).get(FORM)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"predictor={file!r}: there is no predictor file {path.name} for this model; make one with "
             f"python scripts/train_predictors.py --model {Path(model.config._name_or_path).name or 'NAME'}"
         ) from error
+    if form not in (_form(False), _form(True)):
+        raise UserError(f"predictor={file!r}: {path.name} does not say its form: make it again with the script")
     predictors = {}
     for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         gate = layer.mlp.gate_proj
@@ -63,7 +73,7 @@ def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Pre
             raise UserError(f"predictor={file!r}: {path.name} was made for another model (layer {index} does not fit)")
         like = gate.weight if sliceable(layer.mlp) else layer.post_attention_layernorm.weight
         device = "cpu" if like.device.type == "meta" else like.device
-        predictors[index] = Predictor(*(part.to(device, like.dtype) for part in parts))
+        predictors[index] = Predictor(*(part.to(device, like.dtype) for part in parts), relu=form == _form(True))
     return predictors
 
 

@@ -24,7 +24,9 @@ class PowerInfer(Method):
 
     Difference from the official system: it keeps hot neurons on the GPU and computes cold ones on the CPU; here both
     run where the model is, so this shows the accuracy and the memory traffic of the selection, not the placement. The
-    official predictors threshold their output (an adaptive number of neurons); here the number is fixed by ``keep``.
+    official predictors have a ReLU between their two maps (``scripts/train_predictors.py --relu``; the same file serves
+    ``dejavu``, whose form is the default) and threshold their output (an adaptive number of neurons); here the number
+    is fixed by ``keep``.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Predictor:
-    """A two-layer network without biases that scores the neurons of one FFN, and what calibration knows about them.
+    """Two linear maps without biases that score the neurons of one FFN, and what calibration knows about them.
 
     Parameters
     ----------
@@ -19,16 +19,20 @@ class Predictor:
     second
         [I, r].
     frequency
-        [I]: share of calibration tokens for which the neuron was among the most active.
+        [I]: share of calibration tokens for which the neuron was active, in the sense the predictor was trained for.
+    relu
+        Whether a ReLU stands between the maps (PowerInfer's form; Deja Vu's has none).
     """
 
     first: Tensor
     second: Tensor
     frequency: Tensor
+    relu: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Scores [T, I] of the neurons for FFN inputs [T, d], higher = more likely among the most active."""
-        return torch.relu(x @ self.first.T) @ self.second.T
+        """Scores [T, I] of the neurons for FFN inputs [T, d], higher = more likely active."""
+        hidden = x @ self.first.T
+        return (hidden.relu() if self.relu else hidden) @ self.second.T
 
     @property
     def flops(self) -> float:
@@ -37,7 +41,7 @@ class Predictor:
 
 
 def most_active(activations: Tensor, count: int) -> Tensor:
-    """What predictors are trained to find: the ``count`` largest activations by magnitude, [T, I] -> bool [T, I]."""
+    """The ``count`` largest activations of every token by magnitude, [T, I] -> bool [T, I]."""
     index = activations.abs().topk(count, dim=1).indices
     return torch.zeros_like(activations, dtype=torch.bool).scatter(1, index, True)
 

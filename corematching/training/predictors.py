@@ -15,6 +15,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from corematching.methods.predictor import Predictor, most_active, recall
 from corematching.models.families import family_of
 
+LABELS = ("largest", "positive")
+"""What counts as active: the largest activations by magnitude, or those above 0 (the labels of Deja Vu's code, made for
+FFNs in which everything else is 0)."""
 HELD_OUT = 0.2
 """Share of the calibration tokens, the last ones, on which recall is measured."""
 
@@ -61,28 +64,50 @@ def collect(
     }
 
 
+def labels_of(activations: Tensor, labels: str, count: int) -> Tensor:
+    """Which activations a predictor is to find, [T, I] -> bool [T, I]: those above 0, or the ``count`` largest."""
+    return activations > 0 if labels == "positive" else most_active(activations, count)
+
+
 def train_predictor(
-    samples: Samples, keep: float, rank: int, steps: int = 400, batch: int = 256, rate: float = 3e-3, seed: int = 0
+    samples: Samples,
+    keep: float,
+    rank: int,
+    steps: int = 400,
+    batch: int = 256,
+    rate: float = 3e-3,
+    seed: int = 0,
+    labels: str = "largest",
+    relu: bool = False,
 ) -> tuple[Predictor, float]:
-    """Fit one layer's predictor to the ``keep`` share of its neurons with the largest activations.
+    """Fit one layer's predictor to its active neurons.
+
+    Form and loss are those of Deja Vu's training script: two linear maps, and cross entropy in which inactive neurons
+    weigh as much as the share of active ones (plus 0.005), active ones the rest.
 
     Parameters
     ----------
     samples
         The layer's calibration tokens.
     keep
-        Share of the FFN width to predict.
+        Share of the FFN width that "largest" labels make up, and that recall is measured at.
     rank
         Width of the hidden layer.
     steps, batch, rate, seed
         AdamW steps with a linearly falling rate, tokens per step, starting rate, seed of weights and order.
+    labels
+        "largest" or "positive": see :data:`LABELS`.
+    relu
+        Put a ReLU between the maps, as PowerInfer does.
 
     Returns
     -------
-    The predictor, and its recall on held-out tokens: the share of their neurons it ranks among the first ``keep``.
+    The predictor, and its recall on held-out tokens: the share of their ``keep`` largest activations by magnitude,
+    which is what decoding needs, among the ``keep`` neurons it ranks first.
     """
     tokens, width = samples.activations.shape
-    active = most_active(samples.activations, max(1, int(width * keep + 1e-9)))
+    count = max(1, int(width * keep + 1e-9))
+    active = labels_of(samples.activations, labels, count)
     cut = max(1, round(tokens * (1 - HELD_OUT)))
     inputs, targets = samples.inputs[:cut], active[:cut].float()
     generator = torch.Generator().manual_seed(seed)
@@ -93,12 +118,14 @@ def train_predictor(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         rows = torch.randint(cut, (min(batch, cut),), generator=generator)
-        scores = torch.relu(inputs[rows] @ first.T) @ second.T
-        loss = binary_cross_entropy_with_logits(scores, targets[rows])
+        wanted = targets[rows]
+        share = wanted.mean() + 0.005
+        scores = Predictor(first, second, wanted, relu)(inputs[rows])
+        loss = binary_cross_entropy_with_logits(scores, wanted, weight=wanted * (1 - share) + share)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    predictor = Predictor(first.detach(), second.detach(), active.float().mean(0))
+    predictor = Predictor(first.detach(), second.detach(), active.float().mean(0), relu)
     held_out = slice(cut, None) if cut < tokens else slice(None)
-    found = recall(predictor(samples.inputs[held_out]), active[held_out])
+    found = recall(predictor(samples.inputs[held_out]), most_active(samples.activations[held_out], count))
     return predictor, float(found.mean())
