@@ -1,8 +1,8 @@
 """Train the neuron predictors of ``dejavu`` and ``powerinfer`` for a model, and report their recall per layer.
 
 Usage: ``python scripts/train_predictors.py [--model tiny] [--prompts 60] [--keep 0.4] [--rank 64] [--labels largest]
-[--relu] [--output FILE]``. The form is Deja Vu's unless said otherwise: two linear maps. Its labels, activations above 0,
-belong to ReLU FFNs: they are ``--labels positive``.
+[--relu] [--output FILE]``. The form is Deja Vu's unless said otherwise: two linear maps. Its labels, activations above
+0, belong to ReLU FFNs: they are ``--labels positive``.
 Calibration prompts are scenes and questions of the mini suite's *training* split. The file goes beside the model's
 weights, where the methods look for it, unless ``--output`` says otherwise (then pass it as ``predictor=FILE``).
 """
