@@ -15,6 +15,8 @@ import warnings
 warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars may be plain text
 
 import tempfile
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +24,7 @@ import pandas as pd
 import corematching as cm
 from corematching.answering.generator import Generator
 from corematching.evaluation.cells import Cell
-from corematching.evaluation.provenance import versions
+from corematching.evaluation.records import new_record
 from corematching.evaluation.trace_summary import summarise
 from corematching.inspection.evidence import mini_examples, question_of
 from corematching.results.store import Store
@@ -43,6 +45,7 @@ store = Store(Path(tempfile.mkdtemp()) / "pareto")
 # %%
 def run_cell(name: str, **parameters) -> None:
     """Answer all questions under one method and store the cell."""
+    started, clock = datetime.now(UTC), time.perf_counter()
     answers = generator.answer(questions, cm.build_method(name, **parameters))
     right = [float(answer.text.strip().lower() == one.target) for answer, one in zip(answers, examples)]
     rows = pd.DataFrame(
@@ -64,23 +67,14 @@ def run_cell(name: str, **parameters) -> None:
         "benchmark": {"name": "gqa", "data": "mini", "version": "notebook", "limit": len(examples)},
         "prompt": "llava15",
     }
-    record = {
-        "schema": 1,
-        "kind": "accuracy",
-        "id": Cell.of(config).id,
+    cell = Cell.of(config, model=MODEL, method=name, keep=parameters.get("keep"), benchmark="gqa", data="mini")
+    result = {
         "status": "done",
-        "config": config,
-        "labels": {"model": MODEL, "method": name, "keep": parameters.get("keep"), "benchmark": "gqa", "data": "mini"},
-        "metrics": {},
         "score": {"metric": "accuracy", "value": 100 * sum(right) / len(right), "scale": 100.0, "note": ""},
         "n": len(examples),
         "trace": summarise(answers, model.config),
-        "timing": {},
-        "provenance": {"versions": versions()},
-        "error": None,
-        "bench": None,
     }
-    store.write(record, rows)
+    store.write(new_record(cell, "accuracy", started, time.perf_counter() - clock, result), rows)
 
 
 run_cell("dense")

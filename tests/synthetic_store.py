@@ -7,7 +7,6 @@ it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from corematching.results.reading import SCHEMA, digest
+from corematching.results.seal import canonical_json, identity, sealed
 
 LAYERS, TOKENS = 12, 576
 SKILL = {"dense": 0.90, "random": 0.55, "uniform": 0.58, "fastv": 0.74, "core_tokens": 0.78, "corematching": 0.80}
@@ -41,9 +43,9 @@ def cell_config(
     }
 
 
-def cell_id(config: dict, kind: str = "accuracy") -> str:
-    """Sixteen hexadecimal digits of the config's hash."""
-    return hashlib.sha256(json.dumps([kind, config], sort_keys=True).encode()).hexdigest()[:16]
+def cell_id(config: dict) -> str:
+    """The cell's name, as the store wants it."""
+    return identity(canonical_json(config))
 
 
 def trace_summary(keep: int | None) -> dict:
@@ -73,9 +75,9 @@ def cell_record(
     method, benchmark = config["method"], config["benchmark"]
     done = status == "done"
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "kind": kind,
-        "id": cell_id(config, kind),
+        "id": cell_id(config),
         "status": status,
         "config": config,
         "labels": {
@@ -133,12 +135,13 @@ def samples_table(
 
 
 def write_cell(experiment: Path, record: dict, samples: pa.Table | None = None) -> Path:
-    """Write one cell folder of an experiment and return it."""
+    """Write one cell folder of an experiment, sealed as the store seals it, and return it."""
     folder = experiment / "cells" / record["id"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cell.json").write_text(json.dumps(record), encoding="utf-8")
     if samples is not None:
         pq.write_table(samples, folder / "samples.parquet")
+    checksum = None if samples is None else digest(folder / "samples.parquet")
+    (folder / "cell.json").write_text(json.dumps(sealed(record, checksum)), encoding="utf-8")
     return folder
 
 
@@ -187,6 +190,7 @@ def write_efficiency_cell(
 ) -> Path:
     """One row of the efficiency road."""
     config = cell_config(method, keep, "efficiency", 0, model=model, data="none", output_tokens=output_tokens)
-    record = cell_record(config, kind="efficiency")
-    record["bench"] = {"device": "a cpu", "output_tokens": output_tokens, "regime": "resident", **row}
+    record = cell_record({**config, "kind": "efficiency"}, kind="efficiency")
+    usual = {"device": "a cpu", "regime": "resident", "predicted": False}
+    record["bench"] = {**usual, "output_tokens": output_tokens, **row}
     return write_cell(experiment, record)

@@ -1,10 +1,12 @@
 """Reading stores: what cannot be used is left out and named, and never stops the rest."""
 
 import json
+import os
 import warnings
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from synthetic_store import (
     cell_config,
@@ -20,6 +22,7 @@ from corematching.results.aggregate import aggregate
 from corematching.results.compare import compare
 from corematching.results.load import StoreWarning, load_results
 from corematching.results.order import keep_order
+from corematching.results.seal import sealed
 from corematching.results.selection import select
 from corematching.results.store import Store
 
@@ -46,59 +49,81 @@ def test_reads_what_the_store_writes(tmp_path):
 
 def test_budgets_keep_their_kind(tmp_path):
     for keep in (None, 64, 0.4, 1, 1.0):
-        write_cell(tmp_path / "e", cell_record(cell_config("core_neurons", keep, "gqa", 1, kind=repr(keep))))
+        write_cell(tmp_path / "e", cell_record(cell_config("core_neurons", keep, "gqa", 1, kind=repr(keep)), value=1.0))
     keeps = load_results([tmp_path / "e"]).cells["keep"].tolist()
     assert sorted(map(repr, keeps)) == sorted(["None", "64", "0.4", "1", "1.0"])
     assert sorted(keeps, key=keep_order)[:2] == [None, 64]
 
 
+WRONG = "feedfeedfeedfeed"
+
+
 def damage(experiment, name):
-    """Make one more folder that is wrong in the named way, and return it."""
-    folder = experiment / "cells" / "feedfeedfeedfeed"
-    folder.mkdir()
+    """Make one more folder that is wrong in the named way."""
     record = cell_record(cell_config("random", 64, "gqa", 40), value=50.0, n=40)
-    record["id"] = folder.name
+    folder = experiment / "cells" / (WRONG if name == "wrong id" else record["id"])
+    folder.mkdir()
     if name == "truncated json":
-        (folder / "cell.json").write_text(json.dumps(record)[:300])
-    elif name == "other schema":
-        (folder / "cell.json").write_text(json.dumps({**record, "schema": 99}))
-    elif name == "wrong id":
-        (folder / "cell.json").write_text(json.dumps({**record, "id": "0" * 16}))
-    elif name == "field missing":
-        del record["labels"]["model"]
-        (folder / "cell.json").write_text(json.dumps(record))
-    elif name == "field of another type":
-        (folder / "cell.json").write_text(json.dumps({**record, "score": {"value": "high"}}))
-    elif name == "unknown status":
-        (folder / "cell.json").write_text(json.dumps({**record, "status": "running"}))
-    elif name == "a list":
-        (folder / "cell.json").write_text("[]")
-    elif name == "binary":
+        text = json.dumps(sealed(record, None))[:300]
+    elif name == "not sealed":
+        text = json.dumps(record)
+    elif name == "edited":
+        text = json.dumps(sealed(record, None)).replace("50.0", "99.0", 1)
+    elif name == "other config":
+        text = json.dumps(sealed(record | {"config": cell_config("random", 32, "gqa", 40)}, None))
+    else:
+        changes = {
+            "wrong id": {},
+            "other schema": {"schema": 99},
+            "field missing": {"labels": {"method": "random"}},
+            "field of another type": {"score": {**record["score"], "value": "high"}},
+            "unknown status": {"status": "running"},
+            "failed without a reason": {"status": "failed"},
+        }
+        text = json.dumps(sealed(record | changes.get(name, {}), None))
+    if name == "a list":
+        text = "[]"
+    elif name == "deep":
+        text = "[" * 100_000
+    if name == "binary":
         (folder / "cell.json").write_bytes(b"\xff\xfe\x00{")
     elif name == "directory":
         (folder / "cell.json").mkdir()
+    elif name == "pipe":
+        os.mkfifo(folder / "cell.json")
+    elif name == "link to nowhere":
+        (folder / "cell.json").symlink_to("nowhere")
+    elif name != "nothing inside":
+        (folder / "cell.json").write_text(text)
     return folder
 
 
 DAMAGES = {
     "nothing inside": "no cell.json",
+    "link to nowhere": "no cell.json",
     "truncated json": "cannot be read",
-    "other schema": "schema 99",
-    "wrong id": "0000000000000000",
-    "field missing": "lacks 'model'",
-    "field of another type": "wrong type",
-    "unknown status": "running",
-    "a list": "not an object",
     "binary": "cannot be read",
     "directory": "cannot be read",
+    "pipe": "no regular file",
+    "a list": "not an object",
+    "deep": "nested too deeply",
+    "other schema": "schema 99",
+    "wrong id": "is of cell",
+    "not sealed": "checksum",
+    "edited": "checksum",
+    "other config": "its configuration is that of cell",
+    "field missing": "labels.model: Field required",
+    "field of another type": "score.value",
+    "unknown status": "status",
+    "failed without a reason": "failed without error",
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_bad_folder_is_named_and_left_out(experiment, name):
     before = aggregate([experiment]).tables
-    damage(experiment, name)
-    with pytest.warns(StoreWarning, match="feedfeedfeedfeed") as caught:
+    folder = damage(experiment, name)
+    with pytest.warns(StoreWarning, match=folder.name) as caught:
         after = aggregate([experiment])
     assert DAMAGES[name] in str(caught[0].message)
     assert [str(problem) for problem in after.results.problems] == [str(caught[0].message).removeprefix("left out ")]
@@ -113,19 +138,45 @@ def test_hidden_folders_and_files_are_no_cells(experiment):
         assert len(load_results([experiment]).cells) == 2
 
 
-@pytest.mark.parametrize("damage_samples", ["missing", "truncated", "no score column"])
-def test_bad_sample_rows_cost_the_statistics_only(experiment, damage_samples):
-    folder = next(
-        path for path in (experiment / "cells").iterdir() if '"method": "fastv"' in (path / "cell.json").read_text()
-    )
+@pytest.fixture
+def fastv(experiment):
+    """The record and the rows of the one cell of fastv."""
+    (record,) = [record for record in Store(experiment).records() if record["labels"]["method"] == "fastv"]
+    return record, pq.read_table(experiment / "cells" / record["id"] / "samples.parquet")
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut", "of another cell", "a folder", "unasked for"])
+def test_a_cell_whose_rows_are_not_its_own_is_left_out(experiment, fastv, how):
+    record, _ = fastv
+    folder = experiment / "cells" / record["id"]
     path = folder / "samples.parquet"
-    if damage_samples == "missing":
-        path.unlink()
-    elif damage_samples == "truncated":
-        path.write_bytes(path.read_bytes()[:500])
-    else:
-        pd.read_parquet(path).drop(columns="score").to_parquet(path)
-    with pytest.warns(StoreWarning, match=folder.name):
+    content = path.read_bytes()
+    path.unlink()
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "cut":
+        path.write_bytes(content[:500])
+    elif how == "a folder":
+        path.mkdir()
+    elif how == "of another cell":
+        other = next(one for one in (experiment / "cells").iterdir() if one != folder)
+        path.write_bytes((other / "samples.parquet").read_bytes())
+    elif how == "unasked for":
+        path.write_bytes(content)
+        (folder / "cell.json").write_text(json.dumps(sealed(record, None)))
+    with pytest.warns(StoreWarning, match=f"{folder.name}: samples.parquet"):
+        aggregation = aggregate([experiment])
+    assert set(aggregation.cells["method"]) == {"dense"}
+
+
+@pytest.mark.parametrize("how", ["no score column", "scores that are words"])
+def test_rows_without_usable_scores_cost_the_statistics_only(experiment, fastv, how):
+    record, rows = fastv
+    rows = rows.drop_columns("score")
+    if how == "scores that are words":
+        rows = rows.append_column("score", pa.array(["right"] * len(rows)))
+    write_cell(experiment, record, rows)
+    with pytest.warns(StoreWarning, match=f"{record['id']}: samples.parquet has"):
         cells = aggregate([experiment]).cells
     row = cells[cells["method"] == "fastv"].iloc[0]
     assert np.isfinite(row["value"])
@@ -212,8 +263,7 @@ def test_other_questions_are_not_paired(tmp_path):
     scores = np.array([1.0, 0, 1, 0])
     write_cell(folder, cell_record(cell_config("dense", None, "gqa", 4), value=50.0, n=4), samples_table(scores))
     table = samples_table(scores).to_pandas().assign(doc_id=[7, 8, 9, 10])
-    folder = write_cell(folder, cell_record(cell_config("fastv", 64, "gqa", 4), value=50.0, n=4))
-    table.to_parquet(folder / "samples.parquet")
+    write_cell(folder, cell_record(cell_config("fastv", 64, "gqa", 4), value=50.0, n=4), pa.Table.from_pandas(table))
     results = load_results([tmp_path / "e"])
     row = compare(results, select(results.cells)[0]).set_index("method").loc["fastv"]
     assert np.isnan(row["p"])

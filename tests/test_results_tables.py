@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from synthetic_store import (
     cell_config,
+    cell_id,
     cell_record,
     samples_table,
     write_accuracy_cell,
@@ -410,9 +411,9 @@ def test_of_rows_for_one_line_the_latest_counts(tmp_path):
     for seconds, end in (("20", 9.0), ("40", 8.0), ("30", 7.0)):
         folder = write_efficiency_cell(tmp_path / "e", "fastv", 64, end_to_end_ms=end, dense_engine="eager")
         record = json.loads((folder / "cell.json").read_text())
-        record["id"] = f"{seconds:0>16}"
         record["provenance"]["finished"] = f"2026-01-01T00:00:{seconds}+00:00"
         record["config"]["benchmark"]["version"] = seconds
+        record["id"] = cell_id(record["config"])
         write_cell(tmp_path / "f", record)
     write_efficiency_cell(tmp_path / "f", "fastv", 192, end_to_end_ms=1.0, dense_engine="eager")
     write_efficiency_cell(tmp_path / "f", "fastv", 64, end_to_end_ms=2.0, dense_engine="compiled", output_tokens=32)

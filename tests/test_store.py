@@ -1,6 +1,5 @@
 """The store: whole cells or none, claims that die with their owner, damage that is named and survived."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from synthetic_store import cell_config, cell_record
 
 from corematching.errors import UserError
 from corematching.evaluation.cells import Cell, canonical_json
@@ -17,24 +17,18 @@ from corematching.results import store as store_module
 from corematching.results.store import Store, UnreadableCellWarning, plain
 from corematching.results.table import build_table
 
-CELL = Cell.of({"model": {"name": "m"}, "method": {"name": "fastv", "keep": 64}}, method="fastv", keep=64)
+CONFIG = cell_config("fastv", 64, "gqa", 2)
+CELL = Cell.of(CONFIG, model="tiny", method="fastv", keep=64, benchmark="gqa", data="mini")
+SAMPLES = pd.DataFrame({"doc_id": [0, 1], "score": [1.0, 0.0]})
 
 
 def record(cell: Cell = CELL, **changes) -> dict:
-    return {
-        "schema": 1,
-        "kind": "accuracy",
-        "id": cell.id,
-        "status": "done",
-        "config": cell.config,
-        "labels": cell.label,
-        **changes,
-    }
+    return {**cell_record(cell.config, value=50.0, n=2), "labels": cell.label, **changes}
 
 
 def test_a_cell_is_what_its_configuration_says():
-    same = Cell.of({"method": {"keep": 64, "name": "fastv"}, "model": {"name": "m"}}, method="another label")
-    other = Cell.of({"model": {"name": "m"}, "method": {"name": "fastv", "keep": 32}}, method="fastv", keep=64)
+    same = Cell.of(dict(reversed(CONFIG.items())), method="another label")
+    other = Cell.of(cell_config("fastv", 32, "gqa", 2), method="fastv", keep=64)
     assert same == CELL
     assert hash(same) == hash(CELL)
     assert same.id == CELL.id
@@ -47,10 +41,9 @@ def test_a_cell_is_what_its_configuration_says():
 
 def test_written_cells_are_read_back(tmp_path):
     store = Store(tmp_path / "run")
-    samples = pd.DataFrame({"doc_id": [0, 1], "score": [1.0, 0.0]})
-    store.write(record(n=2), samples)
+    store.write(record(n=2), SAMPLES)
     assert store.read(CELL.id)["n"] == 2
-    assert store.samples(CELL.id).equals(samples)
+    assert store.samples(CELL.id).equals(SAMPLES)
     assert [found["id"] for found in store.records()] == [CELL.id]
     assert store.read("0" * 16) is None
 
@@ -61,49 +54,88 @@ def test_a_crash_while_writing_leaves_no_cell(tmp_path, monkeypatch):
     def full_disk(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module, "_sync", full_disk)
+    monkeypatch.setattr(store_module, "sync", full_disk)
     with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
-        store.write(record(), pd.DataFrame({"doc_id": [0]}))
+        store.write(record(), SAMPLES)
     assert list(store.cells.iterdir()) == []
     monkeypatch.undo()
-    with store.claim(CELL.id):  # the next attempt clears what the crash left behind
+    (tmp_path / "staging" / f"{CELL.id}-7-killed").mkdir()
+    with store.claim(CELL.id):  # the next attempt clears what a crash left behind
         store.write(record())
     assert list((tmp_path / "staging").iterdir()) == []
 
 
+@pytest.mark.parametrize("step", ["claims.os.open", "store.Path.mkdir"])
+def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, monkeypatch, step):
+    store = Store(tmp_path)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    def attempt():
+        with store.claim(CELL.id):
+            store.write(record())
+
+    monkeypatch.setattr(f"corematching.results.{step}", full_disk)
+    with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
+        attempt()
+
+
+def test_a_cell_that_a_crash_took_out_of_its_place_comes_back(tmp_path):
+    """Killed between the two renames of a replacement: the answers that were there are not lost."""
+    store = Store(tmp_path)
+    store.write(record(status="not_scored"), SAMPLES)
+    (store.cells / CELL.id).rename(tmp_path / "staging" / f"{CELL.id}-7-killed-replaced")
+    with store.claim(CELL.id) as mine:
+        assert mine
+        assert store.read(CELL.id)["status"] == "not_scored"
+
+
 def test_a_failed_cell_is_replaced_by_its_next_attempt(tmp_path):
     store = Store(tmp_path)
-    store.write(record(status="failed", error={"type": "E"}))
+    store.write(record(status="failed", error={"type": "E", "message": "", "traceback": ""}))
     store.write(record())
     assert store.read(CELL.id)["status"] == "done"
     assert len(list(store.cells.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("{", "unreadable"),
-        ("[]", "object"),
-        (json.dumps(record() | {"schema": 9}), "schema 9"),
-        (json.dumps(record() | {"id": "f" * 16}), "folder's name"),
-        (json.dumps(record() | {"status": "fine"}), "'fine'"),
-        (None, "missing"),
-    ],
-)
-def test_damaged_cells_are_named_and_skipped(tmp_path, text, why):
+def occupy(path: Path, how: str) -> None:
+    """Put something that is no cell in the place of one."""
+    if how == "file":
+        path.write_text("")
+    elif how == "link":
+        path.symlink_to(path.parent)
+    elif how == "dangling link":
+        path.symlink_to("nowhere")
+    else:
+        path.mkdir()
+        if how == "broken":
+            (path / "cell.json").write_text("{")
+            (path / "more").mkdir()
+
+
+@pytest.mark.parametrize("how", ["file", "link", "dangling link", "empty", "broken"])
+def test_what_stands_in_a_cells_place_is_named_and_replaced(tmp_path, how):
     store = Store(tmp_path)
     folder = store.cells / CELL.id
-    folder.mkdir()
-    if text is not None:
-        (folder / "cell.json").write_text(text)
-    with pytest.warns(UnreadableCellWarning, match=why) as warned:
+    occupy(folder, how)
+    with pytest.warns(UnreadableCellWarning, match=r"cell\.json") as warned:
         assert store.read(CELL.id) is None
     assert str(folder) in str(warned[0].message)
+    store.write(record(), SAMPLES)
+    assert store.read(CELL.id)["status"] == "done"
+    assert list((tmp_path / "staging").iterdir()) == []
 
 
 def test_records_need_what_readers_rely_on(tmp_path):
-    with pytest.raises(ValueError, match="status"):
-        Store(tmp_path).write(record(status="perhaps"))
+    for change, why in (
+        ({"status": "perhaps"}, "status"),
+        ({"config": {**CONFIG, "seed": 1}}, "is not the id of its configuration"),
+        ({"n": float("nan")}, "n: "),
+        ({"trace": None}, "done without trace"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            Store(tmp_path).write(record(**change))
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
@@ -131,6 +163,62 @@ def test_a_claim_excludes_others_until_it_ends(tmp_path):
     with second.claim(CELL.id) as mine_now:
         assert mine_now
     assert list((tmp_path / "claims").iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:no file locks")
+def test_without_locks_two_writers_both_get_on(tmp_path, monkeypatch):
+    """Each is in the middle of writing when the other claims, writes and publishes the same cell."""
+    first, second = Store(tmp_path), Store(tmp_path)
+
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("corematching.results.claims.fcntl.flock", no_locks)
+    for late, value in ((record(), 50.0), (record(score={**record()["score"], "value": 60.0}), 60.0)):
+        publish, done = first._publish, []
+
+        def meanwhile(*staged, publish=publish, done=done):
+            if not done:
+                done.append(True)
+                with second.claim(CELL.id) as mine:
+                    assert mine
+                    second.write(record(), SAMPLES)
+            return publish(*staged)
+
+        monkeypatch.setattr(first, "_publish", meanwhile)
+        with first.claim(CELL.id) as mine:
+            assert mine
+            first.write(late, SAMPLES)
+        assert done
+        assert first.read(CELL.id)["score"]["value"] == value
+        assert list((tmp_path / "staging").iterdir()) == []
+        monkeypatch.setattr(first, "_publish", publish)
+
+
+def test_missing_locks_are_said(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("corematching.results.claims.fcntl.flock", no_locks)
+    with pytest.warns(UserWarning, match="no file locks"):
+        Store(tmp_path).claim(CELL.id).__enter__()
+
+
+def test_a_cell_published_between_our_two_renames_is_no_error(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    rename, others = Path.rename, []
+
+    def just_before(self, target):
+        if Path(target) == store.cells / CELL.id and not others:
+            others.append(True)
+            Store(tmp_path).write(record(), SAMPLES)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", just_before)
+    store.write(record(n=3), SAMPLES)
+    assert others
+    assert store.read(CELL.id)["n"] == 3
+    assert list((tmp_path / "staging").iterdir()) == []
 
 
 def test_a_killed_process_frees_its_claim(tmp_path):
@@ -168,16 +256,13 @@ def test_a_killed_process_frees_its_claim(tmp_path):
 
 
 def scored(method: str, keep: int | None, benchmark: str, value: float | None) -> dict:
-    cell = Cell.of(
-        {"method": {"name": method}, "keep": keep, "benchmark": benchmark},
-        method=method,
-        keep=keep,
-        benchmark=benchmark,
-    )
+    config = {"method": {"name": method}, "keep": keep, "benchmark": benchmark}
+    cell = Cell.of(config, method=method, keep=keep, benchmark=benchmark)
     status = "done" if value is not None else "not_scored"
     score = {"metric": "accuracy", "value": value, "scale": 100, "note": "" if value is not None else "no judge"}
     trace = {"visual_tokens_per_layer": keep or 576, "kv_bytes": 2e6, "flops": {"prefill": 2e12, "total": 3e12}}
-    return record(cell, status=status, score=score, trace=trace)
+    made = {"kind": "accuracy", "id": cell.id, "config": cell.config, "labels": cell.label}
+    return {**made, "status": status, "score": score, "trace": trace}
 
 
 def test_the_table_averages_what_dense_has_and_names_the_holes(tmp_path):

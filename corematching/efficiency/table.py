@@ -83,9 +83,9 @@ def _setting(record: Mapping[str, Any]) -> tuple[str, int]:
     bench = record["bench"]
     where = bench["regime"]
     if bench["predicted"]:
-        where = f"{bench['device']}, {where}, {prediction_note(bench.get('from_layers'))}"
+        where = f"{bench.get('device')}, {where}, {prediction_note(bench.get('from_layers'))}"
     else:
-        where += engines_note(bench["engine"], bench["dense_engine"])
+        where += engines_note(bench.get("engine"), bench.get("dense_engine"))
     return where, bench["output_tokens"]
 
 

@@ -1,21 +1,11 @@
 """A cell: one method at one budget on one benchmark with one model, identified by its content."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `value` holds something JSON cannot say (objects, NaN).
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+from corematching.results.seal import canonical_json, identity
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class Cell:
     @property
     def id(self) -> str:
         """First 16 hex digits of the SHA-256 of the configuration."""
-        return hashlib.sha256(self.canonical.encode()).hexdigest()[:16]
+        return identity(self.canonical)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every cell's record holds, whichever road it came by."""
+"""What every cell's record holds, whichever road it came by; `corematching.results.record` is its schema."""
 
 import traceback
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from typing import Any
 
 from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
-from corematching.results.store import SCHEMA
 
 
 def new_record(
@@ -27,7 +26,6 @@ def new_record(
         Further entries of ``provenance``, or replacements for them.
     """
     return {
-        "schema": SCHEMA,
         "kind": kind,
         "id": cell.id,
         "config": cell.config,

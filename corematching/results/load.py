@@ -6,7 +6,6 @@ named in :attr:`Results.problems` (and as a :class:`StoreWarning`); reading neve
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +20,8 @@ import pyarrow.parquet as pq
 from corematching.errors import UserError
 from corematching.results.manifest import UNPLACED, Manifest, read_manifest
 from corematching.results.order import keep_order
-from corematching.results.store import SCHEMA, STATUSES
+from corematching.results.reading import SAMPLES, UnusableCell, one_line, read_cell
 
-KINDS = ("accuracy", "efficiency")
 FLOPS_PARTS = ("vision", "projector", "prefill", "decode", "lm_head", "overhead", "total")
 CONVENTIONS = ("fastv_eq5", "llama_3ndm")
 #: Text columns: always strings (possibly empty), so that grouping never meets a missing key.
@@ -122,18 +120,18 @@ class Results:
 
     def samples(self, folder: str, columns: Sequence[str]) -> pa.Table | None:
         """Columns of one cell's ``samples.parquet``, or ``None`` (and a warning) if it cannot be read."""
-        path = Path(folder) / "samples.parquet"
+        path = Path(folder) / SAMPLES
         try:
             # The plain reader: the dataset machinery behind `read_table` costs several times as much per small file.
             with pq.ParquetFile(path) as file:
-                absent = [name for name in columns if name not in file.schema_arrow.names]
-                if not absent:
+                problem = _unfit(file.schema_arrow, columns)
+                if not problem:
                     return file.read(columns=list(columns), use_threads=False)
-            self.report(_name(path.parent), f"samples.parquet has no column {absent[0]!r}")
+            self.report(_name(path.parent), f"samples.parquet {problem}")
         except FileNotFoundError:
             self.report(_name(path.parent), "samples.parquet is missing")
         except (OSError, pa.ArrowException) as error:
-            self.report(_name(path.parent), f"samples.parquet cannot be read ({_one_line(error)})")
+            self.report(_name(path.parent), f"samples.parquet cannot be read ({one_line(error)})")
         return None
 
 
@@ -156,7 +154,7 @@ def load_results(folders: Iterable[Path | str]) -> Results:
         If a folder does not exist or holds no ``cells`` folder.
     """
     results = Results(pd.DataFrame())
-    records: dict[tuple[str, str], dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     for number, folder in enumerate(map(Path, folders)):
         if not (folder / "cells").is_dir():
             raise UserError(
@@ -167,92 +165,65 @@ def load_results(folders: Iterable[Path | str]) -> Results:
             if not cell.is_dir() or cell.name.startswith("."):
                 continue  # lock files and folders still being written
             try:
-                record = _row(_read(cell), cell)
-            except _Unusable as error:
-                results.report(_name(cell), str(error))
+                record = read_cell(cell)
+            except UnusableCell as reason:
+                results.report(_name(cell), str(reason))
                 continue
+            row = _row(record, cell)
             # Lines of a second folder stand behind those of the first.
-            record["place"] = float(number * UNPLACED + manifest.place(record["method"], record["keep"]))
-            records.setdefault((record["kind"], record["id"]), record)
+            row["place"] = float(number * UNPLACED + manifest.place(row["method"], row["keep"]))
+            records.setdefault(row["id"], row)
     results.cells = _frame(records.values())
     return results
 
 
-class _Unusable(Exception):
-    """A cell folder that cannot be used; the message says why."""
-
-
-def _read(cell: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((cell / "cell.json").read_bytes())
-    except FileNotFoundError:
-        raise _Unusable("no cell.json (a foreign or unfinished folder)") from None
-    except (OSError, ValueError) as error:
-        raise _Unusable(f"cell.json cannot be read ({_one_line(error)})") from None
-    if not isinstance(record, dict):
-        raise _Unusable("cell.json is not an object")
-    if record.get("schema") != SCHEMA:
-        raise _Unusable(f"cell.json has schema {record.get('schema')!r}, expected {SCHEMA}")
-    if record.get("id") != cell.name:
-        raise _Unusable(f"cell.json is of cell {record.get('id')!r}")
-    if record.get("status") not in STATUSES or record.get("kind") not in KINDS:
-        raise _Unusable(
-            f"status {record.get('status')!r} and kind {record.get('kind')!r} are not {STATUSES} and {KINDS}"
-        )
-    return record
+def _unfit(schema: pa.Schema, columns: Sequence[str]) -> str | None:
+    """Why these columns cannot be read from a file of sample rows, or None."""
+    for name in columns:
+        if name not in schema.names:
+            return f"has no column {name!r}"
+        kind = schema.field(name).type
+        if name in ("doc_id", "score") and not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            return f"has column {name!r} of type {kind}, not of numbers"
+    return None
 
 
 def _row(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """One row of :attr:`Results.cells` from a ``cell.json``."""
-    try:
-        config, labels, score = record["config"], record["labels"], record.get("score") or {}
-        trace, timing, provenance = (
-            record.get("trace") or {},
-            record.get("timing") or {},
-            record.get("provenance") or {},
-        )
-        benchmark, flops, conventions = (
-            config["benchmark"],
-            trace.get("flops") or {},
-            trace.get("flops_conventions") or {},
-        )
-        error = record.get("error") or {}
-        row: dict[str, Any] = {
-            "id": record["id"],
-            "folder": str(folder),
-            "experiment": folder.parent.parent.name,
-            "kind": record["kind"],
-            "status": record["status"],
-            **{name: labels[name] for name in ("model", "method", "benchmark", "data")},
-            "method_name": config["method"]["name"],
-            "keep": labels.get("keep"),
-            "parameters": {name: value for name, value in config["method"].items() if name not in ("name", "label")},
-            "model_config": config["model"],
-            "image_mode": config.get("image"),
-            "version": benchmark.get("version"),
-            "limit": benchmark.get("limit"),
-            "prompt": config.get("prompt"),
-            "dtype": config["model"].get("dtype"),
-            "seed": config.get("seed"),
-            "settings": _settings(config),
-            "n": record.get("n"),
-            **{name: score.get(name) for name in ("metric", "value", "scale", "note")},
-            "error": f"{error.get('type')}: {error.get('message')}" if error else "",
-            "hardware": hardware_name(provenance.get("hardware") or {}),
-            "versions": provenance.get("versions") or {},
-            **{name: provenance.get(name) for name in ("git_commit", "finished")},
-            **{name: timing.get(name) for name in ("seconds", "model_seconds")},
-            **{name: trace.get(name) for name in (*TRACE, "visual_tokens_by_layer", "neurons_by_layer")},
-            **{f"flops_{part}": flops.get(part) for part in FLOPS_PARTS},
-            **{f"flops_{name}": conventions.get(name) for name in CONVENTIONS},
-            "bench": record.get("bench"),
-        }
-        row.update({name: "" if row[name] is None else str(row[name]) for name in TEXT})
-        row.update({name: math.nan if row.get(name) is None else float(row[name]) for name in NUMBERS})
-    except KeyError as missing:
-        raise _Unusable(f"cell.json lacks {missing}") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _Unusable(f"cell.json has a field of the wrong type ({_one_line(error)})") from None
+    """One row of :attr:`Results.cells` from an intact ``cell.json``."""
+    config, labels, provenance = record["config"], record["labels"], record["provenance"]
+    score, trace, error = (record.get(part) or {} for part in ("score", "trace", "error"))
+    flops, conventions = trace.get("flops") or {}, trace.get("flops_conventions") or {}
+    row: dict[str, Any] = {
+        "id": record["id"],
+        "folder": str(folder),
+        "experiment": folder.parent.parent.name,
+        "kind": record["kind"],
+        "status": record["status"],
+        **{name: labels[name] for name in ("model", "method", "benchmark", "data")},
+        "method_name": config["method"]["name"],
+        "keep": labels["keep"],
+        "parameters": {name: value for name, value in config["method"].items() if name not in ("name", "label")},
+        "model_config": config["model"],
+        "image_mode": config.get("image"),
+        **{name: config["benchmark"].get(name) for name in ("version", "limit")},
+        "prompt": config.get("prompt"),
+        "dtype": config["model"].get("dtype"),
+        "seed": config.get("seed"),
+        "settings": _settings(config),
+        "n": record.get("n"),
+        **{name: score.get(name) for name in ("metric", "value", "scale", "note")},
+        "error": f"{error['type']}: {error['message']}" if error else "",
+        "hardware": hardware_name(provenance["hardware"]),
+        "versions": provenance["versions"],
+        **{name: provenance.get(name) for name in ("git_commit", "finished")},
+        **{name: record["timing"].get(name) for name in ("seconds", "model_seconds")},
+        **{name: trace.get(name) for name in (*TRACE, "visual_tokens_by_layer", "neurons_by_layer")},
+        **{f"flops_{part}": flops.get(part) for part in FLOPS_PARTS},
+        **{f"flops_{name}": conventions.get(name) for name in CONVENTIONS},
+        "bench": record.get("bench"),
+    }
+    row.update({name: "" if row[name] is None else row[name] for name in TEXT})
+    row.update({name: math.nan if row.get(name) is None else float(row[name]) for name in NUMBERS})
     return row
 
 
@@ -295,7 +266,3 @@ def _frame(records: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 def _name(cell: Path) -> str:
     return "/".join(cell.parts[-3:])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -45,5 +45,5 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return Manifest(dict(found["ask"]), [list(line) for line in found["lines"]])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

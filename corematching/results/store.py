@@ -2,37 +2,45 @@
 
 Layout, below ``<results_dir>/<experiment>/``::
 
-    cells/<cell id>/cell.json        configuration, metrics, trace summary, timing, provenance, status
+    cells/<cell id>/cell.json        configuration, metrics, trace summary, timing, provenance, status, checksums
     cells/<cell id>/samples.parquet  one row per question
     claims/<cell id>.lock            held (flock) while a process computes the cell
     staging/                         cells being written; whatever lies here is not a result
 
-A reader never sees half a cell: both files are written and synced in ``staging`` and the folder is then renamed. A
-process that dies releases its claims with it, because the kernel drops its locks.
+A reader never sees half a cell: both files are written and synced in ``staging`` and the folder is then renamed. Nor
+does it see a changed one (`corematching.results.seal`). A process that dies releases its claims with it, because the
+kernel drops its locks.
 """
 
-import fcntl
+import errno
 import json
 import math
 import os
-import shutil
+import secrets
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corematching.errors import UserError
+from corematching.files import remove, sync
+from corematching.results import record as schema
+from corematching.results import seal
+from corematching.results.claims import Claim, claim
+from corematching.results.reading import RECORD, SAMPLES, SCHEMA, UnusableCell, digest, read_cell
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = 1
-STATUSES = ("done", "failed", "not_scored")
+_REPLACED = "-replaced"
+_TRIES = 5
+"""To publish a cell that several processes write at once; each try fails only if another one's succeeded meanwhile."""
 
 
 class UnreadableCellWarning(UserWarning):
-    """A folder below ``cells/`` that is not a readable cell; it is left alone and skipped."""
+    """A folder below ``cells/`` that is not an intact cell; it is left alone, skipped, and computed again if needed."""
 
 
 class Store:
@@ -52,11 +60,10 @@ class Store:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         try:
-            for folder in (self.cells, self.root / "claims", self.root / "staging"):
+            for folder in (self.cells, self.root / "claims", self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
-            probe = self.root / "staging" / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self._staging):
+                pass
             next(self.cells.iterdir(), None)
         except OSError as error:
             raise UserError(
@@ -68,38 +75,37 @@ class Store:
         """Folder that holds the finished cells."""
         return self.root / "cells"
 
+    @property
+    def _staging(self) -> Path:
+        return self.root / "staging"
+
     def read(self, cell_id: str) -> dict[str, Any] | None:
-        """The cell's record, or None when it is missing or unreadable (the latter with a warning)."""
+        """The cell's record, or None when it is missing or not intact (the latter with a warning)."""
         folder = self.cells / cell_id
+        if not os.path.lexists(folder):
+            return None
         try:
-            record = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            if folder.exists():
-                _warn(folder, "cell.json is missing")
+            return read_cell(folder)
+        except UnusableCell as reason:
+            warnings.warn(f"skipping cell {folder}: {reason}", UnreadableCellWarning, stacklevel=2)
             return None
-        except (OSError, ValueError) as error:
-            _warn(folder, f"cell.json is unreadable: {error}")
-            return None
-        problem = _problem(record, cell_id)
-        if problem:
-            _warn(folder, problem)
-            return None
-        return record
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Every readable record, ordered by cell id."""
+        """Every intact record, ordered by cell id."""
         for folder in sorted(self.cells.iterdir()):
             if folder.is_dir() and (record := self.read(folder.name)) is not None:
                 yield record
 
     def samples(self, cell_id: str) -> "pd.DataFrame":
-        """The cell's rows, one per question."""
+        """The rows of an intact cell, one per question."""
         import pandas as pd
 
-        return pd.read_parquet(self.cells / cell_id / "samples.parquet")
+        return pd.read_parquet(self.cells / cell_id / SAMPLES)
 
-    def write(self, record: dict[str, Any], samples: "pd.DataFrame | None" = None) -> Path:
-        """Publish a cell. A cell that is already there (a failed one, tried again) is replaced.
+    def write(self, record: Mapping[str, Any], samples: "pd.DataFrame | None" = None) -> Path:
+        """Publish a cell, with its schema number and checksums.
+
+        A cell that is already there (a failed one, tried again; a damaged one) is replaced, unless it says the same.
 
         Returns
         -------
@@ -109,67 +115,102 @@ class Store:
         Raises
         ------
         ValueError
-            If the record lacks what every reader relies on.
+            If the record lacks what every reader relies on, or its id is not that of its configuration.
         UserError
             If the disk does not take it; nothing half-written is left among the cells.
         """
-        record = plain(record)
-        problem = _problem(record, record.get("id"))
-        if problem:
-            raise ValueError(f"not a cell record: {problem}")
+        record = {**plain(record), "schema": SCHEMA}
+        reason = schema.problem(record)
+        if not reason and seal.identity(seal.canonical_json(record["config"])) != record["id"]:
+            reason = f"{record['id']} is not the id of its configuration"
+        if reason:
+            raise ValueError(f"not a cell record: {reason}")
+        # No two writers share a name, not even on two machines that lock nothing.
+        staged = self._staging / f"{record['id']}-{os.getpid()}-{secrets.token_hex(6)}"
         try:
-            return self._publish(record, samples)
+            staged.mkdir()
+            return self._publish(self._stage(staged, record, samples), staged)
         except OSError as error:
             raise UserError(
                 f"cannot store a cell in '{self.root}' ({error.strerror or error}); finished cells are safe, "
                 "run the same command again to resume"
             ) from error
+        finally:
+            with suppress(OSError):
+                remove(staged)
 
-    def _publish(self, record: dict[str, Any], samples: "pd.DataFrame | None") -> Path:
-        target = self.cells / record["id"]
-        staged = self.root / "staging" / f"{record['id']}-{os.getpid()}"
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        (staged / "cell.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    def _stage(self, staged: Path, record: dict[str, Any], samples: "pd.DataFrame | None") -> dict[str, Any]:
+        """Write and sync a cell's files; returns the record as written."""
         if samples is not None:
-            samples.to_parquet(staged / "samples.parquet", index=False)
+            samples.to_parquet(staged / SAMPLES, index=False)
+        record = seal.sealed(record, None if samples is None else digest(staged / SAMPLES))
+        (staged / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         for path in (*staged.iterdir(), staged):
-            _sync(path)
-        superseded = staged.with_name(staged.name + "-old")
-        with suppress(FileNotFoundError):
-            target.rename(superseded)
-        staged.rename(target)
-        _sync(self.cells)
-        shutil.rmtree(superseded, ignore_errors=True)
-        return target
+            sync(path)
+        return record
+
+    def _publish(self, record: dict[str, Any], staged: Path) -> Path:
+        """Rename a staged cell to its place, whatever stands there and however many others do the same."""
+        target = self.cells / record["id"]
+        replaced = staged.with_name(staged.name + _REPLACED)
+        for _ in range(_TRIES):
+            if record["status"] == "done" and _same(target, record):
+                return target
+            with suppress(FileNotFoundError):
+                target.rename(replaced)
+            try:
+                staged.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    self._restore(replaced, target)
+                    raise
+            else:
+                sync(self.cells)
+                with suppress(OSError):
+                    remove(replaced)
+                return target
+            with suppress(OSError):
+                remove(replaced)
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     @contextmanager
     def claim(self, cell_id: str) -> Iterator[bool]:
         """Try to reserve a cell for this process; yields whether that worked.
 
         The claim is an ``flock``, so it ends with the process however that ends. On file systems without locks the
-        claim is granted with a warning: two processes may then compute the same cell, and the last one wins.
+        claim is granted with a warning: two processes may then compute the same cell, and both get on.
+
+        Raises
+        ------
+        UserError
+            If the lock file cannot be made.
         """
-        path = self.root / "claims" / f"{cell_id}.lock"
-        descriptor = _try_lock(path)
-        if descriptor is None:
-            yield False
-            return
-        try:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{os.uname().nodename} {os.getpid()}\n".encode())
-            for leftover in (self.root / "staging").glob(f"{cell_id}-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            yield True
-        finally:
-            with suppress(FileNotFoundError):
-                path.unlink()
-            os.close(descriptor)
+        with claim(self.root / "claims" / f"{cell_id}.lock") as how:
+            if how is Claim.HELD:  # then whatever is staged for this cell is a dead process's
+                self._clear(cell_id)
+            yield how is not Claim.TAKEN
+
+    def _clear(self, cell_id: str) -> None:
+        for leftover in self._staging.glob(f"{cell_id}-*"):
+            with suppress(OSError):
+                if leftover.name.endswith(_REPLACED):
+                    self._restore(leftover, self.cells / cell_id)
+                remove(leftover)
+
+    @staticmethod
+    def _restore(replaced: Path, target: Path) -> None:
+        """Put back a cell that was taken out of its place by a replacement that did not come."""
+        with suppress(OSError):
+            if not os.path.lexists(target):
+                replaced.rename(target)
 
 
 def plain(value: Any) -> Any:
-    """`value` with only JSON types: numpy scalars unwrapped, tuples as lists, NaN and infinities as None."""
-    if isinstance(value, dict):
+    """`value` with only JSON types: numpy scalars unwrapped, tuples as lists, NaN and infinities as None.
+
+    Halves of surrogate pairs, which no file can hold, are escaped.
+    """
+    if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
@@ -177,56 +218,17 @@ def plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float):
         return value
-    return str(value)
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _try_lock(path: Path) -> int | None:
-    """An open descriptor that holds the lock on `path`, or None when another process holds it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError as error:
-            warnings.warn(f"no file locks on {path.parent} ({error.strerror}): run one process at a time", stacklevel=3)
-            return descriptor
-        # Whoever held the lock before may have removed the file between our open and our lock; then try the new one.
-        try:
-            same = os.path.samestat(os.stat(path), os.fstat(descriptor))
-        except FileNotFoundError:
-            same = False
-        if same:
-            return descriptor
-        os.close(descriptor)
-
-
-def _problem(record: Any, cell_id: str | None) -> str | None:
-    """Why `record` is not the record of `cell_id`, or None."""
-    if not isinstance(record, dict):
-        return "cell.json does not hold an object"
-    if record.get("schema") != SCHEMA:
-        return f"schema {record.get('schema')!r} is not {SCHEMA}"
-    if not record.get("id") or record["id"] != cell_id:
-        return f"its id {record.get('id')!r} is not its folder's name"
-    if record.get("status") not in STATUSES:
-        return f"status {record.get('status')!r} is none of {', '.join(STATUSES)}"
-    if not isinstance(record.get("config"), dict) or not isinstance(record.get("labels"), dict):
-        return "config or labels are missing"
-    return None
-
-
-def _warn(folder: Path, why: str) -> None:
-    warnings.warn(f"skipping cell {folder}: {why}", UnreadableCellWarning, stacklevel=3)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _same(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether the cell in `folder` says what `record` says, but for when and where it was computed."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        there = read_cell(folder)
+    except UnusableCell:
+        return False
+    apart = ("timing", "provenance")
+    told, own = ({**one, "checksums": one["checksums"]["samples"]} for one in (there, record))
+    return {k: v for k, v in told.items() if k not in apart} == {k: v for k, v in own.items() if k not in apart}

@@ -13,7 +13,7 @@ def prediction_note(from_layers: float | None) -> str:
     return "predicted" + (f" from {from_layers:.0f} layers" if from_layers and from_layers > 0 else "")
 
 
-def engines_note(engine: str, dense_engine: str) -> str:
+def engines_note(engine: str | None, dense_engine: str | None) -> str:
     """How a row is marked whose dense runs decoded with another engine; empty if they did not."""
     different = engine and dense_engine and engine != dense_engine
     return f", {engine} against {dense_engine} dense" if different else ""
