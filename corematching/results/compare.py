@@ -109,7 +109,7 @@ class _Pairs:
         self._right, self._unit, self._average = estimator.right, estimator.unit, average
         self._ratios = seeds.average_ratios(estimator.ratios, average)
         #: Right answers of each unit, summed over seeds: (units, rows).
-        self._sums = sum_by(estimator.unit, (estimator.right @ (average > 0)).astype(int))
+        self._sums = sum_by(estimator.unit, estimator.right.astype(int) @ (average > 0))
 
     @property
     def questions(self) -> int:
