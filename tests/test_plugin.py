@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_llava import save_small_llava
 
 import corematching as cm
-from corematching.answering.conversation import VICUNA_V1, pad_to_square, prepare_images, render
+from corematching.answering.conversation import VICUNA_V1, pad_to_square, prepare_images, render, to_rgb
 from corematching.answering.generator import Generator, Question
 from corematching.benchmarks import BENCHMARKS, load_benchmark, load_source
 from corematching.evaluation.harness import evaluate
@@ -261,3 +262,136 @@ def test_wrong_arguments_are_told(loaded):
 def test_the_plugin_entry_point_imports_nothing_heavy():
     script = "import sys; import corematching.evaluation.plugin; assert not {'torch','transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+# ----------------------------------------------------------------------------------------------- what is put to a model
+@pytest.mark.parametrize(
+    ("mode", "values", "expected"),
+    [
+        ("I;16", [0, 32896, 65535], [0, 128, 255]),
+        ("I;16B", [0, 32896, 65535], [0, 128, 255]),
+        ("I", [0, 32896, 65535], [0, 128, 255]),
+        ("I", [0, 100, 255], [0, 100, 255]),
+        ("F", [0.0, 0.5, 1.0], [0, 128, 255]),
+        ("F", [0.0, 100.0, 255.0], [0, 100, 255]),
+        ("L", [0, 100, 255], [0, 100, 255]),
+        ("1", [0, 255, 255], [0, 255, 255]),
+    ],
+)
+def test_grey_images_of_every_depth_keep_their_greys(mode, values, expected):
+    if mode == "I;16B":
+        image = Image.frombytes(mode, (3, 1), np.array(values, dtype=">u2").tobytes())
+    elif mode == "1":
+        image = Image.fromarray(np.array([values], dtype=np.uint8)).convert("1")
+    else:
+        dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32, "L": np.uint8}[mode]
+        image = Image.fromarray(np.array([values], dtype=dtype))
+    assert image.mode == mode
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert np.asarray(rgb)[0].tolist() == [[value] * 3 for value in expected]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "YCbCr"])
+def test_other_modes_convert_as_in_the_official_evaluation(mode):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).convert(mode)
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("prompt", ["llava15", "lmms_eval"])
+def test_special_tokens_in_a_question_are_text(loaded, prompt):
+    model, processor = loaded
+    if prompt == "lmms_eval" and not processor.chat_template:
+        pytest.skip("this checkpoint has no chat template")
+    picture = Image.new("RGB", (40, 30), "red")
+    texts = ["What does <image> mean in <image>?", "Is </s> an end?", "What is this?"]
+    questions = [Question(text, lambda: [picture]) for text in texts]
+    batched, alone = Generator(model, processor, prompt, batch_size=3, max_new_tokens=4), []
+    together = batched.answer(questions, cm.build_method("dense"))
+    single = Generator(model, processor, prompt, max_new_tokens=4)
+    for question in questions:
+        alone += single.answer([question], cm.build_method("dense"))
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert {(answer.trace.images, answer.trace.image_tokens) for answer in together} == {
+        (1, model.config.image_seq_length)
+    }
+    plain_text = texts[2]
+    assert render(processor, plain_text, 1, prompt).endswith(f"{plain_text} ASSISTANT:") or prompt == "lmms_eval"
+
+
+def test_batches_that_do_not_fit_are_halved_and_that_is_remembered(loaded, monkeypatch):
+    model, processor = loaded
+    picture = Image.new("RGB", (40, 30), "red")
+    questions = [Question(f"Question {'again ' * count}?", lambda: [picture]) for count in range(7)]
+    method = cm.build_method("fastv", keep=16, layer=2)
+    right = Generator(model, processor, batch_size=1, max_new_tokens=3).answer(questions, method)
+    generator, sizes = Generator(model, processor, batch_size=6, max_new_tokens=3), []
+    stock = model.model.language_model.layers[1].forward
+
+    def short_of_memory(hidden, *args, **kwargs):
+        if hidden.shape[1] > 1:
+            sizes.append(len(hidden))
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("simulated")
+        return stock(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(model.model.language_model.layers[1], "forward", short_of_memory)
+    answers = generator.answer(questions, method)
+    assert sizes == [6, 3] + [1] * 7
+    assert generator.batch_size == 1
+    assert [answer.text for answer in answers] == [answer.text for answer in right]
+    for answer, own in zip(answers, right):
+        assert cm.flops(model.config, answer.trace) == cm.flops(model.config, own.trace)
+
+
+def test_a_sample_that_does_not_fit_is_named_with_batch_size(loaded, monkeypatch):
+    model, processor = loaded
+
+    def never(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(model.model.language_model.layers[1], "forward", never)
+    question = Question("What?", lambda: [Image.new("RGB", (8, 8))], where="gqa, document 3")
+    with pytest.raises(cm.UserError, match=r"gqa, document 3: out of memory .*batch_size=1"):
+        Generator(model, processor, batch_size=4).answer([question] * 4, cm.build_method("dense"))
+
+
+def test_other_runtime_errors_stay_as_they_are(loaded, monkeypatch):
+    model, processor = loaded
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(model.model.language_model.layers[1], "forward", broken)
+    question = Question("What?", lambda: [Image.new("RGB", (8, 8))])
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        Generator(model, processor, batch_size=4).answer([question] * 4, cm.build_method("dense"))
+
+
+def test_prompts_beyond_the_context_name_their_document(loaded, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 100)
+    question = Question("word " * 200, lambda: [Image.new("RGB", (8, 8))], where="gqa, document 3")
+    with pytest.raises(cm.UserError, match=r"gqa, document 3: a prompt of \d+ tokens .* context of 100"):
+        Generator(model, processor).answer([question], cm.build_method("dense"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": "auto"}, r"batch_size='auto' is not valid: give a count >= 1"),
+        ({"batch_size": "0"}, r"batch_size='0' is not valid"),
+        ({"max_new_tokens": "many"}, r"max_new_tokens='many' is not valid"),
+        ({"prompt": "vicuna"}, r"unknown prompt 'vicuna'; valid: llava15, lmms_eval"),
+        ({"image": "crop"}, r"unknown image mode 'crop'; valid: pad, processor"),
+        ({"attn_implementation": "sdpa"}, r"unknown parameter 'attn_implementation': model arguments are pretrained"),
+        ({"method": "fastv", "kep": 3}, r"unknown parameter 'kep': .*parameters of fastv are layer, keep"),
+        ({"method": "nonsense"}, r"unknown method 'nonsense'"),
+    ],
+)
+def test_wrong_model_arguments_are_refused_before_loading(arguments, message, monkeypatch):
+    from corematching.evaluation import lmms_model
+
+    monkeypatch.setattr(lmms_model.cm, "load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(cm.UserError, match=message):
+        lmms_model.CoreMatchingLMM(**arguments)

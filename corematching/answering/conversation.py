@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from corematching.errors import UserError
@@ -15,6 +16,31 @@ VICUNA_V1 = (
 )
 
 
+def check_choices(prompt: str, image: str) -> None:
+    """Refuse an unknown prompt or image mode.
+
+    Raises
+    ------
+    UserError
+        Names the valid ones.
+    """
+    if prompt not in PROMPTS:
+        raise UserError(f"unknown prompt '{prompt}'; valid: {', '.join(PROMPTS)}")
+    if image not in IMAGE_MODES:
+        raise UserError(f"unknown image mode '{image}'; valid: {', '.join(IMAGE_MODES)}")
+
+
+def plain(question: str, processor: Any) -> str:
+    """A question's text in which nothing is a special token: ``<image>`` and its like get a space after their first
+    character, so that the model reads them as text and an image stands only where one is."""
+    tokenizer = processor.tokenizer
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in sorted({*special, processor.image_token}, key=len, reverse=True):
+        if len(token) > 1:
+            question = question.replace(token, f"{token[0]} {token[1:]}")
+    return question
+
+
 def render(processor: Any, question: str, images: int, prompt: str) -> str:
     """The whole prompt of one question, ready for the processor.
 
@@ -23,7 +49,7 @@ def render(processor: Any, question: str, images: int, prompt: str) -> str:
     processor
         A transformers processor; its image token and chat template are used.
     question
-        The benchmark's text.
+        The benchmark's text; special tokens in it stay text (see `plain`).
     images
         How many images precede it.
     prompt
@@ -36,16 +62,33 @@ def render(processor: Any, question: str, images: int, prompt: str) -> str:
         For an unknown `prompt`, or ``lmms_eval`` with a checkpoint that has no chat template.
     """
     if prompt == "llava15":
-        return VICUNA_V1.format(turn=f"{processor.image_token}\n" * images + question)
+        return VICUNA_V1.format(turn=f"{processor.image_token}\n" * images + plain(question, processor))
     if prompt != "lmms_eval":
         raise UserError(f"unknown prompt '{prompt}'; valid: {', '.join(PROMPTS)}")
     if not getattr(processor, "chat_template", None):
         raise UserError(
             "prompt='lmms_eval' needs a checkpoint with a chat template; this one has none: use prompt=llava15"
         )
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": plain(question, processor)}]
     messages = [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as 8-bit RGB.
+
+    Colour, palette and CMYK images convert as Pillow does it and transparency is dropped, as in the official LLaVA
+    evaluation. Grey images of more than 8 bits, whose values Pillow would clip at 255, are scaled: 16-bit modes from
+    0-65535; mode I likewise if any value exceeds 255; mode F from 0-1 if nothing exceeds 1, else as mode I.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    grey = np.nan_to_num(np.asarray(image).astype(np.float64))
+    if image.mode == "F" and grey.max() <= 1:
+        grey = grey * 255
+    elif image.mode.startswith("I;16") or grey.max() > 255:
+        grey = grey / 257
+    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -60,7 +103,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 
 
 def prepare_images(images: Sequence[Image.Image], mode: str, processor: Any) -> list[Image.Image]:
-    """RGB images as the processor gets them.
+    """RGB images as the processor gets them; see `to_rgb` for other kinds.
 
     ``pad`` pads to a square with the processor's mean colour, as the official LLaVA-1.5 recipe
     (``image_aspect_ratio=pad``); ``processor`` leaves shape to the processor, which crops for CLIP.
@@ -73,7 +116,7 @@ def prepare_images(images: Sequence[Image.Image], mode: str, processor: Any) -> 
     for image in images:
         if 0 in image.size:
             raise UserError(f"an image of {image.size[0]} x {image.size[1]} pixels cannot be shown to a model")
-    rgb = [image.convert("RGB") for image in images]
+    rgb = [to_rgb(image) for image in images]
     if mode == "processor":
         return rgb
     if mode != "pad":

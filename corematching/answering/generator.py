@@ -3,6 +3,7 @@
 Knows transformers and the methods, not lmms-eval; `corematching.evaluation.lmms_model` adapts it.
 """
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from corematching.answering.conversation import prepare_images, render
+from corematching.answering.conversation import check_choices, prepare_images, render
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
 
@@ -63,7 +64,7 @@ class Generator:
     image
         ``pad`` or ``processor``; see `corematching.answering.conversation.prepare_images`.
     batch_size
-        Most questions per forward pass.
+        Most questions per forward pass. A batch that does not fit into memory is run in halves, and so are later ones.
     max_new_tokens
         Limit for questions whose task states none (the official LLaVA-1.5 evaluation uses 128).
     """
@@ -79,6 +80,7 @@ class Generator:
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is not valid: give a count >= 1")
+        check_choices(prompt, image)
         self.model, self.processor = model, processor
         self.prompt, self.image = prompt, image
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
@@ -93,7 +95,8 @@ class Generator:
         """Answer all questions under `method`, in the given order.
 
         Questions run grouped by generation settings and sorted by length, longest first, so that batches pad little and
-        memory peaks at the start. An exception in generation is not caught: no answer is better than an empty one.
+        memory peaks at the start. Apart from lack of memory for a batch of several, an exception in generation is not
+        caught: no answer is better than an empty one.
 
         Parameters
         ----------
@@ -103,14 +106,17 @@ class Generator:
             A `corematching.methods.base.Method`.
         on_done
             Called after each batch with the number of questions it answered.
+
+        Raises
+        ------
+        UserError
+            If a prompt is longer than the model's context, or a single question does not fit into memory.
         """
         answers: list[Answer | None] = [None] * len(questions)
         with torch.inference_mode(), method(self.model) as trace:
             for batch in self._batches(questions):
                 for group in self._by_image_count(questions, batch):
-                    indices, pictures = zip(*group)
-                    found = self._generate([questions[i] for i in indices], pictures, trace)
-                    for index, answer in zip(indices, found):
+                    for index, answer in self._answered(questions, group, trace):
                         answers[index] = answer
                 on_done(len(batch))
         return answers  # type: ignore[return-value]  # every index was in exactly one batch
@@ -123,8 +129,9 @@ class Generator:
         lengths = [len(ids) for ids in self.processor.tokenizer([q.text for q in questions]).input_ids]
         for group in alike.values():
             group.sort(key=lambda index: (-lengths[index], index))
-            for start in range(0, len(group), self.batch_size):
-                yield group[start : start + self.batch_size]
+            while group:
+                batch, group = group[: self.batch_size], group[self.batch_size :]
+                yield batch
 
     def _by_image_count(self, questions: Sequence[Question], batch: Sequence[int]) -> Iterator[list[tuple[int, list]]]:
         """Load a batch's pictures and part it by how many each question has (prompts without one stay apart)."""
@@ -137,10 +144,51 @@ class Generator:
             groups[len(pictures)].append((index, pictures))
         yield from groups.values()
 
+    def _answered(
+        self, questions: Sequence[Question], group: list[tuple[int, list]], trace: Any
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers of a group by index; in halves, from then on, if memory does not hold it whole."""
+        while group:
+            part = group[: self.batch_size]
+            indices, pictures = zip(*part)
+            try:
+                found = self._generate([questions[i] for i in indices], pictures, trace)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_lack_of_memory(error):
+                    raise
+                found = None
+            if found is None:  # out of the handler, which would hold on to the failed pass's tensors
+                self._shrink(len(part), questions[indices[0]].where)
+                trace.drain()
+                continue
+            yield from zip(indices, found)
+            group = group[len(part) :]
+
+    def _shrink(self, size: int, where: str) -> None:
+        """Remember that a batch of ``size`` does not fit into memory, and free what can be."""
+        if size == 1:
+            raise UserError(
+                f"{where}: out of memory with a single sample (batch_size=1): use a smaller dtype, a smaller model or "
+                "another device"
+            )
+        self.batch_size = size // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _check_context(self, questions: Sequence[Question], lengths: list[int]) -> None:
+        most = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        for question, length in zip(questions, lengths):
+            if most is not None and length > most:
+                raise UserError(
+                    f"{question.where}: a prompt of {length} tokens is longer than the model's context of {most}"
+                )
+
     def _generate(self, questions: Sequence[Question], pictures: Sequence[list], trace: Any) -> list[Answer]:
         texts = [render(self.processor, q.text, len(p), self.prompt) for q, p in zip(questions, pictures)]
         images = [picture for own in pictures for picture in own]
         inputs = self.processor(text=texts, images=images or None, padding=True, return_tensors="pt")
+        self._check_context(questions, inputs["attention_mask"].sum(1).tolist())
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         settings = questions[0].settings
         output = self.model.generate(**inputs, **self._generate_arguments(settings))
@@ -172,6 +220,11 @@ class Generator:
             "max_new_tokens": int(settings.get("max_new_tokens") or self.max_new_tokens),
             "pad_token_id": self.processor.tokenizer.pad_token_id,
         }
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out (torch's allocator on a CPU raises a plain RuntimeError)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _own_share(trace: SampleTrace, tokens: int) -> SampleTrace:

@@ -78,6 +78,7 @@ def forward(session: Session, stock: Callable) -> Callable:
             return _with_loss(session, stock, labels, kwargs, names)
         except BaseException:
             session.trace.rollback(mark)
+            session.forget_pass()
             before.restore()
             raise
 

@@ -168,6 +168,12 @@ class Session:
         self.attended.clear()
         self.tower_run = self.current = self.input_ids = self.captured = self.final = self.image_hidden = None
 
+    def forget_pass(self) -> None:
+        """Let go of what a forward pass that failed has left."""
+        self.activations.clear()
+        self.attended.clear()
+        self.tower_run = self.current = self.final = self.image_hidden = None
+
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
 
@@ -374,7 +380,7 @@ class Session:
         # Taken once: a later prompt must bring its own images, and the tower's states need not outlive prefill. Within
         # one generate call without a cache, the same prompt comes again.
         run = self.tower_run
-        if self.call is None or cached:
+        if self.call is None or (cached and not self.call.runs_again):
             self.tower_run = None
         if run is None:
             raise UserError("vision-side methods need pixel_values to pass through the installed model")

@@ -5,6 +5,7 @@ Registered as ``corematching`` (see `corematching.evaluation.plugin`), so lmms-e
     lmms-eval --model corematching --model_args pretrained=llava_1_5_7b,method=fastv,keep=192 --tasks gqa --batch_size 8
 """
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,10 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
 import corematching as cm
+from corematching.answering.conversation import check_choices
 from corematching.answering.generator import Answer, Generator, Question
+from corematching.errors import UserError
+from corematching.registry import method_defaults
 
 
 class CoreMatchingLMM(lmms):
@@ -43,7 +47,7 @@ class CoreMatchingLMM(lmms):
     Raises
     ------
     UserError
-        For an unknown method or parameter, or one that does not fit the model.
+        For an unknown method or argument, or one that does not fit the model; before the model is loaded where it can.
     """
 
     is_simple = True
@@ -63,9 +67,12 @@ class CoreMatchingLMM(lmms):
         max_batch_size: int | None = None,
         **parameters: Any,
     ):
+        _check_names(method, parameters)
+        size, most = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
+        check_choices(prompt, image)
         chosen = cm.build_method(method, **parameters)
         model, processor = cm.load_model(pretrained, weights=weights, dtype=dtype, device=device, num_layers=num_layers)
-        generator = Generator(model, processor, prompt, image, int(batch_size), int(max_new_tokens))
+        generator = Generator(model, processor, prompt, image, size, most)
         self._set_up(generator, chosen, f"{pretrained}, {weights}, {num_layers}")
 
     @classmethod
@@ -131,3 +138,29 @@ class CoreMatchingLMM(lmms):
             f"CoreMatchingLMM({self.identity}, {own.model.dtype}, {self.method!r}, prompt={own.prompt}, "
             f"image={own.image}, max_new_tokens={own.max_new_tokens})"
         )
+
+
+def _check_names(method: str, parameters: dict[str, Any]) -> None:
+    """Refuse arguments that are neither this model's nor the method's parameters."""
+    own = [
+        name for name in inspect.signature(CoreMatchingLMM).parameters if name not in ("parameters", "max_batch_size")
+    ]
+    known = [name for name in method_defaults(method) if name not in ("_target_", "name")]
+    unknown = ", ".join(repr(name) for name in parameters if name not in known)
+    if unknown:
+        raise UserError(
+            f"unknown parameter {unknown}: model arguments are {', '.join(own)}; parameters of {method} are "
+            f"{', '.join(known) or '(it has none)'}"
+        )
+
+
+def _count(name: str, value: int | str) -> int:
+    """A count that lmms-eval may hand over as a string."""
+    try:
+        count = int(value)
+    except ValueError:
+        count = 0
+    if count < 1:
+        hint = " (a batch that does not fit into memory is halved by itself)" if name == "batch_size" else ""
+        raise UserError(f"{name}={value!r} is not valid: give a count >= 1{hint}")
+    return count
