@@ -1,4 +1,4 @@
-"""The command lines behind ``scripts/aggregate.py`` and ``scripts/report.py``."""
+"""The command lines behind ``scripts/aggregate.py``, ``scripts/report.py`` and ``scripts/compare.py``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def report_command(arguments: Sequence[str] | None = None) -> int:
     return _run(lambda: _report(chosen))
 
 
+def compare_command(arguments: Sequence[str] | None = None) -> int:
+    """Print two folders' differences; returns the exit status (2: wrong input)."""
+    parser = argparse.ArgumentParser(prog="compare.py", description="Two experiments' differences, cell by cell.")
+    parser.add_argument("first", type=Path, help="experiment folder, results/<experiment>")
+    parser.add_argument("second", type=Path, help="another one; differences are second less first")
+    parser.add_argument("--out", type=Path, help="also write comparison.csv, .md, .tex and .html into this folder")
+    chosen = parser.parse_args(arguments)
+    return _run(lambda: _compare(chosen))
+
+
 def _run(action: Callable[[], None]) -> int:
     try:
         action()
@@ -62,3 +72,13 @@ def _report(chosen: Any) -> None:
 
         record_experiment(aggregation.cells, first / FOLDER, chosen.overlays)
     print(write_report(aggregation, chosen.out or first / "report.html", first / FOLDER))
+
+
+def _compare(chosen: Any) -> None:
+    from corematching.results import render
+    from corematching.results.folders import compare_folders
+
+    table = compare_folders(chosen.first, chosen.second)
+    print(render.to_markdown(table), end="")
+    if chosen.out:
+        render.write([table], chosen.out)

@@ -69,7 +69,7 @@ def _group(results: Results, group: pd.DataFrame, members: pd.Series) -> list[pd
     cells = group.loc[aligned.kept]
     estimator = choose(aligned.questions, cells["value"].to_numpy())
     rows, average = seeds.averaging(members.loc[cells.index])
-    pairs = _Pairs(estimator, average)
+    pairs = Pairs(estimator, average)
     first = cells.iloc[0]
     low, high = pairs.single()
     columns: dict[str, object] = {
@@ -89,7 +89,7 @@ def _group(results: Results, group: pd.DataFrame, members: pd.Series) -> list[pd
     return [pd.DataFrame(columns, index=rows), *frames]
 
 
-class _Pairs:
+class Pairs:
     """Rows (cells, or means over seeds) that answered the same questions, two and two.
 
     Attributes
@@ -152,7 +152,7 @@ class _Pairs:
         return max(1, int(self.questions / max(1.0, effect)))
 
 
-def _against_dense(pairs: _Pairs) -> dict[str, np.ndarray]:
+def _against_dense(pairs: Pairs) -> dict[str, np.ndarray]:
     """Columns that compare every row with the first one, the dense run; dense against itself is no comparison."""
     rows = np.arange(1, len(pairs.points))
     difference, low, high = pairs.difference(0, rows)
@@ -184,7 +184,9 @@ def _against_dense(pairs: _Pairs) -> dict[str, np.ndarray]:
 def _at(rows: np.ndarray, values: object, size: int) -> np.ndarray:
     """``values`` at the places ``rows``, nothing elsewhere."""
     values = np.asarray(values)
-    out = np.full(size, "" if values.dtype.kind in "OU" else np.nan, dtype=object if values.dtype.kind in "OU" else float)
+    out = np.full(
+        size, "" if values.dtype.kind in "OU" else np.nan, dtype=object if values.dtype.kind in "OU" else float
+    )
     out[rows] = values
     return out
 
@@ -216,7 +218,7 @@ def marks(p: np.ndarray, p_holm: np.ndarray, difference: np.ndarray, detectable:
     return np.where((p >= alpha) | (difference == 0), "tie", said).astype(object)
 
 
-def _against_control(pairs: _Pairs, cells: pd.DataFrame, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def _against_control(pairs: Pairs, cells: pd.DataFrame, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Columns that compare rows with the random control that keeps as many visual tokens per layer."""
     names, labels = cells["method_name"].to_numpy(), cells["method"].to_numpy()
     controls = np.flatnonzero((names == "random") & np.isfinite(tokens))

@@ -144,9 +144,7 @@ def _combine(one: np.ndarray, other: np.ndarray, correlation: np.ndarray) -> np.
     return np.sqrt(np.maximum(one**2 + other**2 - 2 * correlation * one * other, 0.0))
 
 
-def limits(
-    share: np.ndarray, variance: np.ndarray, worth: Size, level: float = LEVEL
-) -> tuple[np.ndarray, np.ndarray]:
+def limits(share: np.ndarray, variance: np.ndarray, worth: Size, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
     """Clopper and Pearson's limits of shares, for the effective number of questions.
 
     Parameters

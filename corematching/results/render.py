@@ -37,6 +37,7 @@ LATEX_ESCAPES = str.maketrans(
         "≲": r"$\lesssim$",
         "≳": r"$\gtrsim$",
         "†": r"\dag{}",
+        "✓": r"$\checkmark$",
         "ρ": r"$\rho$",
         "β": r"$\beta$",
         "µ": r"$\mu$",
@@ -72,7 +73,9 @@ def to_markdown(table: Table) -> str:
     holes = table.holes()
 
     def show(entry: Entry) -> str:
-        text = _wrap(escape_markdown(entry.text), entry.mark, "**{}**", "<u>{}</u>") + escape_markdown(entry.spread, trim=False)
+        text = _wrap(escape_markdown(entry.text), entry.mark, "**{}**", "<u>{}</u>") + escape_markdown(
+            entry.spread, trim=False
+        )
         return (
             text
             + (f" {entry.symbol}" if entry.doubt else "")
@@ -182,7 +185,12 @@ def write(tables: Iterable[Table], folder: Path) -> list[Path]:
 def latex_document(tables: Iterable[Table]) -> str:
     """A complete document that inputs the table files beside it."""
     inputs = [rf"\input{{{table.name}.tex}}" for table in tables]
-    packages = [r"\usepackage[T1]{fontenc}", r"\usepackage{booktabs}", r"\usepackage{graphicx}", r"\usepackage{amssymb}"]
+    packages = [
+        r"\usepackage[T1]{fontenc}",
+        r"\usepackage{booktabs}",
+        r"\usepackage{graphicx}",
+        r"\usepackage{amssymb}",
+    ]
     geometry = r"\usepackage[margin=2cm]{geometry}"
     return (
         "\n".join([r"\documentclass{article}", *packages, geometry, r"\begin{document}", *inputs, r"\end{document}"])

@@ -41,7 +41,8 @@ def select(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     repeated = chosen[chosen.duplicated(key, keep=False)]
     left_out = int(chosen.duplicated(key, keep="last").sum())
     if left_out:
-        differ = _differences(repeated["settings"].groupby([repeated[name] for name in key], sort=False))
+        groups = repeated["settings"].groupby([repeated[name] for name in key], sort=False)
+        differ = differences(groups) or "what the cells do not record"
         noun = "1 cell repeats another" if left_out == 1 else f"{left_out} cells repeat others"
         notes.append(f"{noun} but for {differ}; of each, the one finished last is shown.")
     chosen = chosen.drop_duplicates(key, keep="last").sort_index().drop(columns="done")
@@ -109,16 +110,17 @@ def _one_version(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return (pd.concat(kept).sort_index() if kept else cells), notes
 
 
-def _differences(groups: Any) -> str:
-    """In words: which settings differ within the groups, and between which values."""
+def differences(groups: Iterable[tuple[Any, Iterable[dict[str, Any]]]]) -> str:
+    """In words: which settings differ within (key, settings) groups, and between which values; empty if none do."""
     found: dict[str, set[str]] = {}
-    for _, settings in groups:
+    for _, group in groups:
+        settings = list(group)
         for name in dict.fromkeys(name for one in settings for name in one):
             values = {_key(one.get(name)) for one in settings}
             if len(values) > 1:
                 found.setdefault(name, set()).update(values)
     listed = [f"{name} ({', '.join(sorted(values)[:4])})".replace('"', "") for name, values in sorted(found.items())]
-    return " and ".join(listed) or "what the cells do not record"
+    return " and ".join(listed)
 
 
 def _distinct_labels(cells: pd.DataFrame) -> pd.DataFrame:
