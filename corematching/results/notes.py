@@ -87,13 +87,14 @@ def _power_notes(group: pd.DataFrame) -> list[str]:
     if sure:
         brackets = " (in brackets: if as many are gained as here)" if any("(" in text for text in sure) else ""
         notes.append(
-            f"Smallest drop from dense that the exact McNemar test, corrected over {over}, finds with 80 % power, in points"
-            f" of questions answered right, whatever the metric, if no answer is gained{brackets}: {', '.join(sure)}."
+            f"Smallest drop from dense that the exact McNemar test, corrected over {over}, finds with 80 % power, in"
+            f" points of questions answered right, whatever the metric, if no answer is gained{brackets}:"
+            f" {', '.join(sure)}."
         )
     if blind:
         notes.append(
-            f"Too few questions to tell any row from dense: {', '.join(blind)}. A drop of {BLIND:g} points would be missed"
-            f" more often than one time in five (exact McNemar test, corrected over {over}), so nothing is marked there."
+            f"Too few questions to tell any row from dense: {', '.join(blind)}. A drop of {BLIND:g} points would be"
+            f" missed more often than one time in five (exact McNemar test, corrected over {over}): nothing is marked."
         )
     return notes
 
@@ -104,8 +105,8 @@ def _seed_note(group: pd.DataFrame) -> list[str]:
         return []
     counts = {f"{label} {int(seeds)}" for label, seeds in averaged[["method", "seeds"]].itertuples(index=False)}
     return [
-        f"Means over a method's seeds, ± their standard deviation: {', '.join(sorted(counts))} seeds. Their intervals cover"
-        " the choice of questions and of seeds."
+        f"Means over a method's seeds, ± their standard deviation: {', '.join(sorted(counts))} seeds. Their intervals"
+        " cover the choice of questions and of seeds."
     ]
 
 
@@ -120,6 +121,6 @@ def _control_note(group: pd.DataFrame) -> list[str]:
     if not names:
         return []
     return [
-        "Not better than the random control with as many tokens/layer on any benchmark (exact McNemar test, corrected over"
-        f" the rows with such a control): {', '.join(names)}."
+        "Not better than the random control with as many tokens/layer on any benchmark (exact McNemar test, corrected"
+        f" over the rows with such a control): {', '.join(names)}."
     ]

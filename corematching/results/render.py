@@ -95,7 +95,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A ``table`` environment for booktabs, shrunk to the text width if it is wider; needs graphicx and amssymb as well."""
+    """A ``table`` environment for booktabs, shrunk to the text width if it is wider; needs graphicx and amssymb."""
     holes = table.holes()
 
     def show(entry: Entry) -> str:

@@ -47,7 +47,8 @@ def merge(cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
             shown.loc[first, AVERAGED] = finished[AVERAGED].astype(float).mean()
             shown.loc[first, COUNTED] = finished[COUNTED].astype(float).sum(min_count=len(finished))
             for name in BY_LAYER:
-                shown.at[first, name] = _mean_by_layer(finished[name].tolist())
+                by_layer = _mean_by_layer(finished[name].tolist())
+                shown[name] = shown[name].where(shown.index != first, pd.Series([by_layer], [first], dtype=object))
     return shown.loc[shown.index.isin(set(members))], members
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -69,7 +69,7 @@ def _rows(cells: pd.DataFrame) -> pd.DataFrame:
     labels = cells["method"].copy()
     for _, group in cells.groupby("row", sort=False):
         names = group["method"].unique()
-        if len(names) > 1 and (group.groupby("method_seed")["method"].nunique() == 1).all():
+        if len(names) > 1 and not group[["method_seed", "method"]].drop_duplicates().duplicated("method_seed").any():
             labels[group.index] = _common_label(names, group["method_name"].iloc[0])
     rows = [_key([label, row]) for label, row in zip(labels, cells["row"], strict=True)]
     return cells.assign(method=labels, row=rows)
@@ -86,9 +86,10 @@ def _without_seed(value: Any) -> Any:
     return [_without_seed(held) for held in value] if isinstance(value, list) else value
 
 
-def _common_label(labels: Iterable[str], method: str) -> str:
+def _common_label(labels: Sequence[str], method: str) -> str:
     """What labels such as "random (seed 0)" and "random (seed 1)" share; the method's name if they share nothing."""
-    shared = os.path.commonprefix(sorted(labels))
+    ends = min(labels), max(labels)
+    shared = "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
     return re.sub(r"[\s(,;:=#_-]*(seeds?)?[\s(,;:=#_-]*$", "", shared, flags=re.IGNORECASE) or method
 
 
@@ -97,7 +98,7 @@ def _one_version(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     notes: list[str] = []
     kept = []
     for (model, *_, benchmark), group in cells.groupby([*CONTEXT, "benchmark"], sort=False):
-        if group["version"].nunique() > 1:
+        if len(group["version"].unique()) > 1:
             sizes = group.groupby("version", sort=False)["n"].transform("max").fillna(0)
             best = group.assign(size=sizes).sort_values(["size", "finished", "id"], kind="stable").iloc[-1]
             same = group["version"] == best["version"]
@@ -139,6 +140,6 @@ def _distinct_labels(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def varied_parameters(variants: list[dict]) -> list[str]:
-    """Names of the parameters (``keep`` and ``seed`` apart) that differ between ``variants``, in order of appearance."""
+    """Names of the parameters (``keep`` and ``seed`` apart) that differ between ``variants``, as they appear."""
     names = list(dict.fromkeys(name for variant in variants for name in variant if name not in ("keep", "seed")))
     return [name for name in names if len({_key(variant.get(name)) for variant in variants}) > 1]

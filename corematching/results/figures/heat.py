@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.colors import Normalize
 
 from corematching.results.accuracy import methods_of
-from corematching.results.titles import benchmark_order, title
 from corematching.results.figures.about import about_cells
 from corematching.results.figures.canvas import STYLE, ShownFigure, finish, new_figure
 from corematching.results.figures.text import name_of, shown, width, wrapped
+from corematching.results.titles import benchmark_order, title
 
 BEYOND = 0.04
 """Share of values at either end that may lie beyond the colours, so that a few outliers do not flatten the rest."""

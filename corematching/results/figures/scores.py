@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from corematching.results.titles import benchmark_order, title
 from corematching.results.figures.about import about_cells
 from corematching.results.figures.canvas import STYLE, ShownFigure, finish, hollow, key, new_figure
 from corematching.results.figures.looks import styles
 from corematching.results.figures.text import name_of, shown, wrapped
 from corematching.results.load import keep_order
+from corematching.results.titles import benchmark_order, title
 
 PANEL = (2.35, 2.1)
 """Width and height of one benchmark's panel in inches."""
