@@ -185,11 +185,66 @@ def write_store(
     return folder
 
 
-def write_efficiency_cell(
-    experiment: Path, method: str, keep: int | None, *, model: str = "llava_1_5_7b", output_tokens: int = 32, **row
+#: Labels that a table, a figure or a page must survive; the first is longer than any line.
+UGLY = (
+    "a method whose label says everything about its parameters, rho=0.2, beta=0.4, threshold=elbow, layer=2 of 32",
+    "a method whose label says everything about its parameters, rho=0.2, beta=0.4, threshold=keep!, layer=2 of 32",
+    *("_hidden_", "50 % [kept] | $x_1$ & co", "a\\b {c} ~d^e #1", "<b>bold</b>", "שיטה חדשה", "طريقة 2", "方法 ρ→β"),
+    *("no_break_" * 8, "🚀 fast", "tab\tand\nline"),
+)
+
+
+def write_ugly_store(
+    root: Path,
+    *,
+    methods: int = 30,
+    benchmarks: Iterable[str] = (
+        *("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "seedbench", "mmvet"),
+    ),
+    keeps: Iterable[int] = (320, 192, 128, 64, 16),
+    n: int = 16,
 ) -> Path:
-    """One row of the efficiency road."""
-    config = cell_config(method, keep, "efficiency", 0, model=model, data="none", output_tokens=output_tokens)
+    """A sweep of many methods with ugly names (see :data:`UGLY`), with efficiency rows of some of them.
+
+    One cell has failed and one method has no sample rows, so that there are holes and points without an interval.
+    """
+    folder, rng = root / "ugly", np.random.default_rng(1)
+    labels = [*UGLY, *(f"method {place}" for place in range(methods))][: methods - 2]
+    rows = [("dense", None, "dense"), *(("random", keep, "random") for keep in keeps)]
+    rows += [("fastv", keep, label) for label in labels for keep in keeps]
+    for benchmark in benchmarks:
+        draws = rng.random(n)
+        for name, keep, label in rows:
+            config = cell_config(name, keep, benchmark, n, **({} if name == label else {"label": label}))
+            if (label, keep, benchmark) == (UGLY[2], 64, "gqa"):
+                write_cell(folder, cell_record(config, status="failed"))
+            elif label == UGLY[3]:
+                write_cell(folder, cell_record(config, value=100 * rng.random(), n=n))
+            else:
+                noisy = np.where(rng.random(n) < 0.2, rng.random(n), draws)
+                write_accuracy_cell(folder, config, noisy)
+    for label in ("dense", *labels[:10]):
+        times = {"prefill_ms": 90.0 * rng.random(), "decode_ms_per_token": 3.0, "end_to_end_ms": 200.0, "repeats": 3}
+        times |= {"prefill_ms_iqr": 2.0, "end_to_end_ms_iqr": 4.0, "decode_gb_per_s": 20.0, "paired_speedup_iqr": 0.1}
+        named = {} if label == "dense" else {"label": label}
+        for name, keep in (("core_neurons", 0.4), ("fastv", 64), ("fastv", 16)) if named else (("dense", None),):
+            write_efficiency_cell(folder, name, keep, model="tiny", named=named, **times)
+    return folder
+
+
+def write_efficiency_cell(
+    experiment: Path,
+    method: str,
+    keep: float | None,
+    *,
+    model: str = "llava_1_5_7b",
+    output_tokens: int = 32,
+    named: dict | None = None,
+    **row,
+) -> Path:
+    """One row of the efficiency road; ``named`` may hold its ``label``."""
+    extra = {"output_tokens": output_tokens, **(named or {})}
+    config = cell_config(method, keep, "efficiency", 0, model=model, data="none", **extra)
     record = cell_record({**config, "kind": "efficiency"}, kind="efficiency")
     usual = {"device": "a cpu", "regime": "resident", "predicted": False}
     record["bench"] = {**usual, "output_tokens": output_tokens, **row}

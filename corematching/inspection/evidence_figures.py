@@ -83,12 +83,14 @@ def core_tokens(rows: Sequence[tuple[Example, Mapping[str, Kept]]], grid: tuple[
     methods = list(rows[0][1])
     headings = [_headings(example, kept) for example, kept in rows]
     lines = [max(text.count("\n") + 1 for text in line) for line in headings]
-    figure = new_figure((PICTURE + 0.12) * (len(methods) + 1), sum(PICTURE + 0.12 + 0.13 * count for count in lines))
+    figure = new_figure((PICTURE + 0.12) * (len(methods) + 1), sum(PICTURE + 0.12 + 0.14 * count for count in lines))
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         panels = figure.subplots(len(rows), len(methods) + 1, squeeze=False)
         for line, (example, kept), texts in zip(panels, rows, headings, strict=True):
             for axes, text in zip(line, texts, strict=True):
                 axes.set_axis_off()
+                # The layout reserves room for a title over the panel, not over a smaller picture inside it.
+                axes.set_anchor("N")
                 axes.set_title(text, fontsize=7, loc="left", pad=3)
             line[0].imshow(example.image, interpolation="none")
             for axes, method in zip(line[1:], methods, strict=True):

@@ -25,6 +25,8 @@ from corematching.results.hardware import SETTING, setting_title
 NEURON_METHODS = ("core_neurons", "coreinfer", "wanda_neurons", "random_neurons", "dejavu", "powerinfer")
 PARTS = {"prefill": "#4C78A8", "decode": "#F2B06B"}
 """Colours of the two parts of a run; methods have none of them."""
+BAR = 0.19
+"""Height of a bar in inches."""
 ACROSS = 7.2
 """Width of the figures in inches, that of a page's text."""
 
@@ -39,7 +41,7 @@ def time_breakdown(efficiency: pd.DataFrame) -> ShownFigure | None:
     panels = [_dense_first(rows) for _, rows in shown_rows.groupby(SETTING, sort=True)]
     names = {row.Index: wrapped(name_of(row.method, row.keep), 2.4, 8) for row in shown_rows.itertuples()}
     side = max(width(line, 8) for name in names.values() for line in name.split("\n"))
-    heights = [sum(0.1 + 0.14 * (names[index].count("\n") + 1) for index in rows.index) + 0.2 for rows in panels]
+    heights = [sum(_lane(names[index]) for index in rows.index) for rows in panels]
     figure = new_figure(ACROSS + side - 1.4, sum(heights) + 0.45 * len(panels) + 0.3)
     with mpl.rc_context(STYLE):
         drawn = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).ravel()
@@ -52,17 +54,23 @@ def time_breakdown(efficiency: pd.DataFrame) -> ShownFigure | None:
 
 
 def _stack(axes: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
-    places = np.arange(len(rows))
+    lanes = np.array([_lane(name) for name in names])
+    places = np.cumsum(lanes) - lanes / 2
     decode = rows["decode_ms_per_token"] * (rows["output_tokens"].astype(int) - 1)
-    axes.barh(places, rows["prefill_ms"], color=PARTS["prefill"], height=0.72)
-    axes.barh(places, decode, left=rows["prefill_ms"], color=PARTS["decode"], height=0.72)
+    axes.barh(places, rows["prefill_ms"], color=PARTS["prefill"], height=BAR)
+    axes.barh(places, decode, left=rows["prefill_ms"], color=PARTS["decode"], height=BAR)
     bars: Any = {"fmt": "none", "ecolor": "#222222", "elinewidth": 0.8, "capsize": 1.5}
-    axes.errorbar(rows["prefill_ms"], places + 0.16, xerr=rows["prefill_ms_iqr"] / 2, **bars)
-    axes.errorbar(rows["prefill_ms"] + decode, places - 0.16, xerr=rows["end_to_end_ms_iqr"] / 2, **bars)
+    axes.errorbar(rows["prefill_ms"], places + BAR / 5, xerr=rows["prefill_ms_iqr"] / 2, **bars)
+    axes.errorbar(rows["prefill_ms"] + decode, places - BAR / 5, xerr=rows["end_to_end_ms_iqr"] / 2, **bars)
     axes.set_yticks(places, names, fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_ylim(lanes.sum(), 0)
     axes.set_xlim(left=0)
     axes.grid(visible=False, axis="y")
+
+
+def _lane(name: str) -> float:
+    """Height of a bar's lane in inches: that of its name."""
+    return max(BAR + 0.06, 0.08 + 0.14 * (name.count("\n") + 1))
 
 
 def speedup_over_keep(efficiency: pd.DataFrame) -> ShownFigure | None:
@@ -145,7 +153,7 @@ def _stacked(panels: Sequence[pd.DataFrame], heading: str, draw: Callable[[Axes,
 
 def _curves(axes: Axes, rows: pd.DataFrame, name: str, quartiles: str, look: dict) -> None:
     """One line per method, moved apart a little so that no method lies under another."""
-    apart = 0.012 * (rows["keep"].max() - rows["keep"].min())
+    apart = 0.012 * ((rows["keep"].max() - rows["keep"].min()) or rows["keep"].max())
     methods = sorted(rows["method"].unique())
     for place, method in enumerate(methods):
         line = rows[rows["method"] == method].sort_values("keep")

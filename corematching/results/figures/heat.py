@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
 from corematching.results.accuracy import methods_of
@@ -36,20 +38,24 @@ def heat_map(cells: pd.DataFrame) -> ShownFigure | None:
     values = values.reindex(index=rows["row"], columns=names).to_numpy(dtype=float)
     share = values / dense.reindex(names).to_numpy() * 100
     low, high = colour_range(share)
-    labels = [wrapped(name_of(row.method, row.keep), 2.6, 8) for row in rows.itertuples()]
+    labels = [wrapped(name_of(row.method, row.keep), 2.8, 8) for row in rows.itertuples()]
     side = max(width(line, 8) for label in labels for line in label.split("\n"))
-    figure = new_figure(max(side + FIELD * len(names) + 1.1, 5.2), _height(labels))
+    edges = np.cumsum([0.0, *(0.08 + 0.135 * (label.count("\n") + 1) for label in labels)])
+    figure = new_figure(max(side + FIELD * len(names) + 1.1, 5.2), 0.7 + edges[-1])
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         axes = figure.subplots()
         axes.set_facecolor("#ececec")
-        image = axes.imshow(share, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-        _write(axes, share, low, high, image)
-        axes.set_xticks(range(len(names)), [wrapped(shown(title(name)), FIELD - 0.06, 7) for name in names], fontsize=7)
-        axes.set_yticks(range(len(rows)), labels, fontsize=8)
+        image = axes.pcolormesh(range(len(names) + 1), edges, share, cmap="cividis", vmin=low, vmax=high)
+        axes.set_ylim(edges[-1], 0)
+        middles = (edges[1:] + edges[:-1]) / 2
+        _write(axes, share, middles, low, high, image)
+        headings = [wrapped(shown(title(name)), FIELD - 0.06, 7) for name in names]
+        axes.set_xticks(np.arange(len(names)) + 0.5, headings, fontsize=7)
+        axes.set_yticks(middles, labels, fontsize=8)
         axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
         axes.spines[:].set_visible(False)
         for place in _block_ends(rows["keep"]):
-            axes.axhline(place - 0.5, color="white", linewidth=2.5)
+            axes.axhline(edges[place], color="white", linewidth=2.5)
         below, above = bool(np.nanmin(share) < low), bool(np.nanmax(share) > high)
         extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get((below, above), "neither")
         shrink = min(1.0, 4 / figure.get_figheight())
@@ -67,7 +73,7 @@ def colour_range(share: np.ndarray) -> tuple[float, float]:
     return float(low), float(max(high, low + 5))
 
 
-def _write(axes, share: np.ndarray, low: float, high: float, image) -> None:
+def _write(axes: Axes, share: np.ndarray, middles: np.ndarray, low: float, high: float, image: Any) -> None:
     """The number of every field, in a colour that can be read on the field's own."""
     norm = Normalize(low, high, clip=True)
     for (row, column), value in np.ndenumerate(share):
@@ -76,15 +82,11 @@ def _write(axes, share: np.ndarray, low: float, high: float, image) -> None:
         dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
         arrow = ("▼" if value < low else "▲" if value > high else "") if known else ""
         text = f"{value:.0f}{arrow}" if known else "—"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if dark else "black"}
+        axes.text(column + 0.5, middles[row], text, **style)
 
 
 def _block_ends(keeps: pd.Series) -> list[int]:
     """Places of the rows at which another budget begins."""
     texts = [str(keep) for keep in keeps]
     return [place for place in range(1, len(texts)) if texts[place] != texts[place - 1]]
-
-
-def _height(labels: list[str]) -> float:
-    tallest = max(label.count("\n") + 1 for label in labels)
-    return 0.75 + len(labels) * max(0.2, 0.16 * tallest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,8 +78,9 @@ def _curves(traced: pd.DataFrame, rows: pd.DataFrame) -> tuple[Curves, Curves]:
         used = np.array([layer for layer in own["neurons_by_layer"] if layer], dtype=float)
         counts = np.where(np.isnan(used), width_of, used)
         if used.size and np.isfinite(counts).any():
-            means = np.ma.masked_invalid(counts).mean(axis=0).filled(np.nan)
-            neurons.setdefault(tuple(np.round(means, 1)), []).append(row)
+            means = np.ma.masked_invalid(counts).mean(axis=0).round(1)
+            # One and the same "nan" for all: two of them are never equal.
+            neurons.setdefault(tuple(math.nan if value is None else value for value in means.tolist()), []).append(row)
     reduced = any(value < width_of for curve in neurons for value in curve) if width_of == width_of else bool(neurons)
     return tokens, neurons if reduced else {}
 
@@ -126,17 +128,9 @@ def _panel(axes: Axes, curves: Curves, texts: list[str], look: Mapping, height: 
     places = spread(np.array(ends) / (1.06 * top), np.array(lines) * LINE / (height - 0.3))
     for end, place, text, own in zip(ends, places, texts, curves.values(), strict=True):
         colour = look[_first(own).method]["color"]
-        axes.annotate(
-            text,
-            xy=(1, end / (1.06 * top)),
-            xytext=(1.045, place),
-            xycoords="axes fraction",
-            fontsize=LETTERS,
-            color=colour,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": colour, "relpos": (0, 0.5), "shrinkB": 0},
-        )
+        axes.text(1.045, place, text, fontsize=LETTERS, color=colour, va="center", transform=axes.transAxes)
+        leader = {"linewidth": 0.6, "color": colour, "transform": axes.transAxes, "clip_on": False}
+        axes.plot([1.0, 1.035], [end / (1.06 * top), place], **leader)
 
 
 def spread(wanted: np.ndarray, heights: np.ndarray) -> np.ndarray:

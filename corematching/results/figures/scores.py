@@ -33,7 +33,7 @@ def accuracy_over_tokens(cells: pd.DataFrame) -> ShownFigure | None:
     fewest = cells.groupby("method")["visual_tokens_per_layer"].transform("min")
     chosen = cells["visual_tokens_per_layer"].notna() & (fewest < 0.99 * most)
     places = cells["visual_tokens_per_layer"].where(chosen)
-    return _panels(cells, places, "visual tokens entering a layer, mean over layers", _powers_of_two)
+    return _panels(cells, places, "visual tokens entering a layer, mean over layers", _round_numbers)
 
 
 def accuracy_over_keep(cells: pd.DataFrame) -> ShownFigure | None:
@@ -109,7 +109,9 @@ def _panel(axes: Axes, cells: pd.DataFrame, swept: pd.DataFrame, look: Mapping[s
     axes.set_title(wrapped(shown(title(swept["benchmark"].iloc[0])) + said, PANEL[0] - 0.3, 9), fontsize=9)
 
 
-def _powers_of_two(places: set[float]) -> list[float]:
+def _round_numbers(places: set[float]) -> list[float]:
+    """Powers of two in the range, with numbers between them if those are few."""
     first, last = math.floor(math.log2(max(min(places), 1))), math.ceil(math.log2(max(places)))
     step = math.ceil((last - first + 1) / 7)
-    return [2.0**power for power in range(first, last + 1, step)]
+    between = (1.0, 1.25, 1.5, 1.75) if last - first < 3 else (1.0, 1.5) if last - first < 4 else (1.0,)
+    return [factor * 2.0**power for power in range(first, last + 1, step) for factor in between]

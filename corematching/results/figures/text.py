@@ -54,6 +54,7 @@ def wrapped(text: str, inches: float, size: float) -> str:
             if line and width(longer, size) > inches:
                 lines.append(line)
                 longer = word
+            # A word that is wider than the line is broken where it must be.
             while width(longer, size) > inches and len(longer) > 1:
                 fits = max(1, next((n for n in range(len(longer), 0, -1) if width(longer[:n], size) <= inches), 1))
                 lines.append(longer[:fits])
