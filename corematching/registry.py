@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from corematching.methods.base import Method
 
 CONF = Path(str(files("conf")))
+PER_IMAGE = "per_image"
+"""A parameter that every method has that chooses visual tokens inside the LLM; off unless it is named."""
 
 
 def group_names(group: str) -> list[str]:
@@ -51,7 +53,8 @@ def build_method(name: str, /, **parameters: Any) -> Method:
     name
         A name in ``conf/method``.
     **parameters
-        Overrides of its parameters, e.g. ``keep=192``.
+        Overrides of its parameters, e.g. ``keep=192``. ``per_image=True`` gives every image of a prompt its share of
+        the budget, for methods that choose inside the LLM (:class:`corematching.methods.per_image.PerImage`).
 
     Raises
     ------
@@ -61,6 +64,9 @@ def build_method(name: str, /, **parameters: Any) -> Method:
     values = method_defaults(name)
     cls = get_class(_defaults(name)["_target_"])
     known = [field.name for field in fields(cls)]
+    per_image = parameters.pop(PER_IMAGE, False)
+    if not isinstance(per_image, bool):
+        raise UserError(f"{PER_IMAGE}={per_image!r} is not valid: give true or false")
     for parameter in parameters:
         if parameter not in known:
             raise UserError(
@@ -68,6 +74,11 @@ def build_method(name: str, /, **parameters: Any) -> Method:
             )
     values.update(parameters)
     method = cls(**values)
+    if per_image:
+        from corematching.methods.per_image import PerImage
+
+        object.__setattr__(method, "name", name)
+        method = PerImage(method)
     object.__setattr__(method, "name", name)
     return method
 

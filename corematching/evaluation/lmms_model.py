@@ -17,7 +17,7 @@ import corematching as cm
 from corematching.answering.conversation import check_choices
 from corematching.answering.generator import Answer, Generator, Question
 from corematching.errors import UserError
-from corematching.registry import method_defaults
+from corematching.registry import PER_IMAGE, method_defaults
 
 
 class CoreMatchingLMM(lmms):
@@ -145,8 +145,8 @@ def _check_names(method: str, parameters: dict[str, Any]) -> None:
     own = [
         name for name in inspect.signature(CoreMatchingLMM).parameters if name not in ("parameters", "max_batch_size")
     ]
-    known = [name for name in method_defaults(method) if name not in ("_target_", "name")]
-    unknown = ", ".join(repr(name) for name in parameters if name not in known)
+    known = list(method_defaults(method))
+    unknown = ", ".join(repr(name) for name in parameters if name not in (*known, PER_IMAGE))
     if unknown:
         raise UserError(
             f"unknown parameter {unknown}: model arguments are {', '.join(own)}; parameters of {method} are "

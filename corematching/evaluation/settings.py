@@ -34,7 +34,7 @@ from corematching.evaluation.fields import (
     explain,
     shown,
 )
-from corematching.registry import method_defaults
+from corematching.registry import PER_IMAGE, method_defaults
 
 RUNNERS = ("accuracy", "efficiency")
 Prompt = Annotated[str, OneOf("prompt", lambda: PROMPTS)]
@@ -45,7 +45,7 @@ def check_parameters(method: str, names: Mapping[str, Any]) -> None:
     """Refuse parameters that a method does not have."""
     known = method_defaults(method)
     for name in names:
-        if name not in known:
+        if name not in known and name != PER_IMAGE:
             raise groups.unknown(f"parameter of {method}", name, known)
 
 
