@@ -28,6 +28,7 @@ from corematching.errors import UserError
 from corematching.results import render
 from corematching.results.aggregate import aggregate, write_tables
 from corematching.results.reference import load_reference
+from corematching.results.table import build_table
 from corematching.results.tables import HOLE, MINI_BANNER, Column, Entry, Row, Table, budget, mark, number, significant
 
 LATEX = shutil.which("tectonic") or shutil.which("pdflatex")
@@ -217,6 +218,19 @@ def test_a_metric_from_a_part_of_its_subtasks_is_marked_and_left_out_of_means(tm
     assert "computed from 2 of 14 subtasks" in " ".join(table.notes)
     for show in (render.to_markdown, render.to_html):
         assert "†: from a part of its subtasks" in show(table)
+
+
+def test_the_table_of_a_run_leaves_such_a_metric_out_too():
+    records = []
+    for method, keep, values in (("dense", None, (80.0, 400.0)), ("fastv", 64, (40.0, 533.0))):
+        for benchmark, value in zip(("gqa", "mme"), values, strict=True):
+            record = cell_record(cell_config(method, keep, benchmark, 60), value=value, n=60)
+            record["score"]["metric"] = {"gqa": "accuracy", "mme": "perception"}[benchmark]
+            record["metrics"] = {"existence": 200.0, "count": 200.0} if benchmark == "mme" else {}
+            records.append(record)
+    table = build_table(records, ["gqa", "mme"], [])
+    assert {"533.0†", "50.0"} <= set(table.rows[1])
+    assert any("† mme: computed from 2 of 10 subtasks" in note for note in table.notes)
 
 
 @pytest.fixture

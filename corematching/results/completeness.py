@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
 
 from corematching.benchmarks.spec import load_benchmark
 from corematching.errors import UserError
@@ -11,6 +13,7 @@ from corematching.errors import UserError
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
+@cache
 def subtasks(benchmark: str, metric: str) -> frozenset[str]:
     """The subtasks that a benchmark's metric is the sum or mean of; empty where it has none."""
     try:
@@ -41,3 +44,11 @@ def partial(benchmark: str, metric: str, present: Collection[str]) -> str:
     wanted = subtasks(benchmark, metric)
     held = wanted & set(present)
     return f"{len(held)} of {len(wanted)} subtasks" if wanted and held and held != wanted else ""
+
+
+def partial_record(record: Mapping[str, Any]) -> str:
+    """The same for a stored record, from the subtasks among its metrics."""
+    name, score = record["labels"]["benchmark"], record.get("score") or {}
+    held = record.get("metrics") or {}
+    wanted = subtasks(name, str(score.get("metric")))
+    return partial(name, str(score.get("metric")), {part for part in wanted if part in held or f"f1_{part}" in held})

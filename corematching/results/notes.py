@@ -59,10 +59,10 @@ def _metric_notes(group: pd.DataFrame) -> list[str]:
 def _one_sided_note(group: pd.DataFrame) -> list[str]:
     """Scores that cannot be higher, or lower, and what they are sure of."""
     found: dict[str, int] = {}
-    for cell in group[group["low"].notna()].to_dict("records"):
-        limit = interval(cell)
-        if limit[0] in "≥≤":
-            found.setdefault(f"{title(cell['benchmark'])} {cell['value']:.1f} means {limit}", int(cell["questions"]))
+    extreme = (group["high"] <= group["value"]) | (group["low"] >= group["value"])
+    for cell in group[extreme].to_dict("records"):
+        means = f"{title(cell['benchmark'])} {cell['value']:.1f} means {interval(cell)}"
+        found.setdefault(means, int(cell["questions"]))
     listed = ", ".join(f"{text} (n = {n})" for text, n in found.items())
     return [f"Where every answer is right, or wrong, the 95 % interval is one-sided: {listed}."] if listed else []
 

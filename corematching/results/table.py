@@ -14,7 +14,9 @@ from typing import Any
 
 from corematching import files
 from corematching.results.columns import ANSWER, CAPPED, COSTS, FLOPS, SHARE, TOKENS, capped_text, runaway_note
+from corematching.results.completeness import partial_record
 from corematching.results.order import line_order
+from corematching.results.tables import PARTIAL
 
 HOLE = "—"
 Records = Sequence[Mapping[str, Any]]
@@ -117,7 +119,7 @@ def build_table(
     dense = {
         record["labels"]["benchmark"]: _value(record)
         for record in present
-        if record["config"]["method"]["name"] == "dense"
+        if record["config"]["method"]["name"] == "dense" and not partial_record(record)
     }
     columns = (
         METHOD,
@@ -132,8 +134,18 @@ def build_table(
     scored = [name for name in benchmarks if dense.get(name)]
     partly = [f"% of dense averages {', '.join(scored)}"] if 0 < len(scored) < len(benchmarks) else []
     runaway = runaway_note([_capped_cell(*at, cells) for at, own in rows.items() for cells in own.values()])
-    told = (*notes, *_seeds(rows), *partly, *_remarks(records), *rankings, *_holes(records))
+    told = (*notes, *_seeds(rows), *partly, *_partial(present), *_remarks(records), *rankings, *_holes(records))
     return RunTable(columns, lines, told, (runaway,) if runaway else ())
+
+
+def _partial(records: Records) -> list[str]:
+    """Which scores come from a part of their subtasks."""
+    found = {
+        (record["labels"]["benchmark"], partial_record(record)) for record in records if _value(record) is not None
+    }
+    return [
+        f"{PARTIAL} {name}: computed from {what}, left out of % of dense" for name, what in sorted(found) if what != ""
+    ]
 
 
 def _seeds(rows: Mapping[tuple[str, Any], Mapping[str, Records]]) -> list[str]:
@@ -193,12 +205,11 @@ def _score(cells: Records) -> str:
     values = [value for cell in cells if (value := _value(cell)) is not None]
     if not values or len(values) < len(cells):
         return HOLE
-    return f"{fmean(values):.1f}" + (f" ±{stdev(values):.1f}" if len(values) > 1 else "")
+    mark = PARTIAL if any(map(partial_record, cells)) else ""
+    return f"{fmean(values):.1f}" + (f" ±{stdev(values):.1f}" if len(values) > 1 else "") + mark
 
 
-def _share(
-    cells: Mapping[str, Records], benchmarks: Sequence[str], dense: Mapping[str, float | None]
-) -> float | None:
+def _share(cells: Mapping[str, Records], benchmarks: Sequence[str], dense: Mapping[str, float | None]) -> float | None:
     """Mean percentage of the dense scores, over the benchmarks that dense has one on; None if one is missing here."""
     bases = {name: base for name in benchmarks if (base := dense.get(name))}
     shares = []
