@@ -10,6 +10,7 @@ import pytest
 
 from corematching.benchmarks import load_benchmark
 from corematching.benchmarks.scoring import score, value_from_samples
+from corematching.benchmarks.spec import ROW
 from corematching.errors import UserError
 from corematching.results.table import build_table
 
@@ -49,7 +50,34 @@ def test_mme_adds_accuracy_and_pairs_per_subtask() -> None:
     assert metrics["color"] == pytest.approx(75 + 50)
     assert metrics["cognition"] == pytest.approx(50 + 0)
     assert metrics["perception"] == pytest.approx(125)
-    assert value == pytest.approx(175)
+    assert metrics["total"] == pytest.approx(175)
+    assert value == pytest.approx(125), "the quoted number is perception, at most 2000"
+    only = value_from_samples(load_benchmark("mme"), samples[samples["part"] == "code_reasoning"])
+    assert (only[0], only[1]["cognition"]) == (None, 50.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("B", True),
+        ("B. blue", True),
+        ("The answer is B.", True),
+        ("It is blue. The answer is B", True),
+        ("The answer is A.", False),
+        ("The answer is Blue.", False),
+        ("The answer is B. The answer is C.", False),
+        ("B or not", False),
+        ("A. The answer is B.", False),
+    ],
+)
+def test_scienceqa_takes_the_letter_in_a_sentence_too(said: str, right: bool) -> None:
+    stock = float(said.strip().lower() == "b" or said[:2] == "B.")  # lmms-eval's rule
+    sample = {"doc": {ROW: 0, "question": "?", "subject": "x"}, "arguments": ["?"], "exact_match": stock}
+    sample |= {"filtered_resps": [said], "target": "B"}
+    results = {"samples": {"scienceqa_img": [sample]}, "results": {"scienceqa_img": {"exact_match,none": stock}}}
+    found = score(load_benchmark("scienceqa"), results)
+    assert found.value == 100.0 * right
+    assert found.metrics["lmms_eval/scienceqa_img/exact_match"] == stock, "the stock number stands beside it"
 
 
 def test_pope_counts_an_unreadable_answer_as_a_miss() -> None:

@@ -14,7 +14,7 @@ from loguru import logger
 
 from corematching.benchmarks import BENCHMARKS, available_benchmarks, load_benchmark, load_judge, load_source
 from corematching.benchmarks.scoring import score, value_from_samples
-from corematching.benchmarks.spec import ROW
+from corematching.benchmarks.spec import MME_COGNITION, ROW
 from corematching.errors import UserError
 
 GOLDENS = Path(__file__).parent / "goldens" / "prompts"
@@ -252,7 +252,7 @@ def stock_value(name: str, results: dict[str, Any]) -> float:
     first = next(iter(values.values()))
     match name:
         case "mme":
-            return first["mme_perception_score,none"] + first["mme_cognition_score,none"]
+            return first["mme_perception_score,none"]
         case "mmbench" | "mmvet":
             return first["gpt_eval_score,none"]
         case "seedbench":
@@ -309,7 +309,10 @@ def test_mme_limit_never_splits_a_pair(harness, source, tmp_path: Path, limit: i
     tasks = harness.tasks.build_tasks(benchmark, source, limit=limit)
     result = score(benchmark, evaluate(answering(lambda doc: doc["answer"]), tasks, tmp_path))
     assert len(result.samples) == limit + 1
-    assert result.value == 200.0 * result.samples["part"].nunique()
+    assert result.metrics["total"] == 200.0 * result.samples["part"].nunique()
+    perception = result.samples["part"][~result.samples["part"].isin(MME_COGNITION)].nunique()
+    assert result.value == 200.0 * perception
+    assert (f"{10 - perception} of 10 perception subtasks" in result.note) == (perception < 10)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "all"])

@@ -6,6 +6,7 @@ resample questions (or their clustering units) and call it again without running
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any
 
 import pandas as pd
 
-from corematching.benchmarks.spec import ROW, Benchmark, unit_name
+from corematching.benchmarks.spec import MME_COGNITION, ROW, Benchmark, unit_name
 from corematching.errors import UserError
 
-_MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+_SENTENCE = re.compile(r"The answer is ([A-Z])\b")
+"""How an answer to ScienceQA may name its letter in a sentence, as LLaVA's own script reads it."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,15 @@ def _pope(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
     return sum(scores) / len(scores), metrics
 
 
-def _mme(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
-    """Per subtask: accuracy plus the share of images with both questions right, each of 100."""
+def _mme(samples: pd.DataFrame) -> tuple[float | None, dict[str, float]]:
+    """Per subtask: accuracy plus the share of images with both questions right, each of 100; quoted is perception."""
     both = samples.groupby(["part", "unit"])["score"].min().groupby(level="part").mean()
     subtasks = 100.0 * (samples.groupby("part")["score"].mean() + both)
-    cognition = float(subtasks[subtasks.index.isin(_MME_COGNITION)].sum())
-    perception = float(subtasks.sum()) - cognition
+    is_cognition = subtasks.index.isin(MME_COGNITION)
+    cognition, total = float(subtasks[is_cognition].sum()), float(subtasks.sum())
     metrics = {str(name): float(value) for name, value in subtasks.items()}
-    return perception + cognition, {"perception": perception, "cognition": cognition, **metrics}
+    perception = None if is_cognition.all() else float(subtasks[~is_cognition].sum())
+    return perception, {"perception": perception or 0.0, "cognition": cognition, "total": total, **metrics}
 
 
 def _mmbench(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
@@ -169,6 +172,7 @@ _RECIPES: dict[str, Callable[[pd.DataFrame], tuple[float | None, dict[str, float
     "mme": _mme,
     "mmvet": _mmvet,
     "pope": _pope,
+    "scienceqa": _mean,
     "seedbench": _by_part,
     "submission": _submission,
 }
@@ -192,6 +196,8 @@ def _sample_row(benchmark: Benchmark, split: str, sample: Mapping[str, Any]) -> 
             row["score"] = float(sample["exact_match"])
             if "answers" in doc:
                 row["target"] = _majority(doc["answers"])
+        case "scienceqa":
+            row["score"] = max(float(sample["exact_match"]), said_in_a_sentence(row["prediction"], row["target"]))
         case "submission":
             row["submission"] = str(sample["submission"]["answer"])
         case "pope":
@@ -211,6 +217,12 @@ def _sample_row(benchmark: Benchmark, split: str, sample: Mapping[str, Any]) -> 
     return row
 
 
+def said_in_a_sentence(prediction: str, letter: str) -> float:
+    """1 if an answer says "The answer is X" of the right letter and of no other, and begins with no letter, else 0."""
+    begins = re.match(r"[A-Z]\.", prediction.strip()) is not None
+    return float(not begins and set(_SENTENCE.findall(prediction)) == {letter.strip().upper()})
+
+
 def _majority(answers: list[Any]) -> str:
     texts = [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
     return Counter(texts).most_common(1)[0][0] if texts else ""
@@ -228,8 +240,9 @@ def _stock_metrics(task: str, results: Mapping[str, Any]) -> dict[str, float]:
 def _note(benchmark: Benchmark, table: pd.DataFrame, value: float | None) -> str:
     match benchmark.metric.kind:
         case "mme":
-            missing = len(benchmark.columns["category"].values) - table["part"].nunique()
-            return f"{missing} of 14 subtasks left out by the limit" if missing else ""
+            wanted = set(map(str, benchmark.columns["category"].values)) - set(MME_COGNITION)
+            missing = len(wanted - set(table["part"]))
+            return f"{missing} of {len(wanted)} perception subtasks left out by the limit" if missing else ""
         case "submission":
             return f"scored by the {benchmark.needs_server} server; scripts/score.py writes the file for it"
         case "pope":

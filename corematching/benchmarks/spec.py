@@ -22,7 +22,9 @@ BENCHMARKS = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "
 ROW = "_row"
 
 COLUMN_TYPES = ("any", "image", "images", "int", "records", "text", "texts")
-METRIC_KINDS = ("exact_match", "mmbench", "mme", "mmvet", "pope", "seedbench", "submission")
+METRIC_KINDS = ("exact_match", "mmbench", "mme", "mmvet", "pope", "scienceqa", "seedbench", "submission")
+#: MME's four cognition subtasks; the papers quote the sum over the other ten.
+MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,8 @@ from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
-from corematching.benchmarks.spec import load_benchmark
+from corematching.benchmarks.spec import MME_COGNITION, load_benchmark
 from corematching.errors import UserError
-
-#: MME's four cognition subtasks; the papers quote the sum over the other ten.
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
 @cache
@@ -22,7 +19,7 @@ def subtasks(benchmark: str, metric: str) -> frozenset[str]:
         return frozenset()
     if spec.metric.kind == "mme":
         names = frozenset(spec.columns["category"].values)
-        return names - frozenset(COGNITION) if metric == "perception" else names
+        return names - frozenset(MME_COGNITION) if metric == "perception" else names
     return frozenset(part.split for part in spec.parts) if spec.metric.kind == "pope" else frozenset()
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from corematching.results.completeness import COGNITION
+from corematching.benchmarks.spec import MME_COGNITION
 from corematching.results.statistics import Ratio, estimate
 
 FALLBACK = "mean question score"
@@ -149,6 +149,6 @@ DEFINITIONS: dict[str, Callable[[Questions], tuple[Ratio, ...]]] = {
     "mean over subsets": _part_mean,
     "F1 over subsets": _f1,
     "accuracy + pair accuracy": _mme,
-    "accuracy + pair accuracy, perception": lambda questions: _mme(questions, COGNITION),
+    "accuracy + pair accuracy, perception": lambda questions: _mme(questions, MME_COGNITION),
     UNITS: _all_right,
 }
