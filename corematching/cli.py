@@ -79,13 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
 def _hydra_main(config: DictConfig) -> None:
     chosen = HydraConfig.get()
-    words = chosen.overrides.task
+    raise SystemExit(run(config, chosen.runtime.choices, chosen.overrides.task))
+
+
+def run(config: DictConfig, choices: Any, words: Sequence[str]) -> int:
+    """Run a composed configuration and return the exit status; what is wrong with it is told here, in one line.
+
+    Hydra would add lines of its own.
+    """
+    debug = OmegaConf.select(config, "debug") is True
     try:
-        config = settle(config, chosen.runtime.choices, words)
-        runner = get_method(RUNNERS[read_settings(config)["runner"]])
-        raise SystemExit(runner(config))
-    except (UserError, OmegaConfBaseException) as error:  # told here, because Hydra would add lines of its own
-        raise SystemExit(_complain(error, words, OmegaConf.select(config, "debug") is True)) from None
+        config = settle(config, choices, words)
+        return get_method(RUNNERS[read_settings(config)["runner"]])(config)
+    except (UserError, OmegaConfBaseException) as error:
+        return _complain(error, words, debug)
 
 
 def _complain(error: Exception, words: Sequence[str], debug: bool) -> int:
@@ -116,10 +123,12 @@ def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictCo
             }
             model: Any = OmegaConf.to_container(config.model, resolve=True)
             config.methods = with_controls({"name": name, **own}, model, config.controls)
+        elif config.get("method"):
+            raise UserError(_needs_a_method(f"method.{next(iter(config.method))}"))
         config.pop("method", None)
         if config.name or asks.ad_hoc(overrides):
             config.experiment = config.name or asks.named_from(overrides)
-        if "judge" not in given and OmegaConf.select(config, "data.name") == "mini":
+        if not any(re.match(r"judge\b", name) for name in given) and OmegaConf.select(config, "data.name") == "mini":
             config.judge = groups.load("judge", "local")
         config.command = list(overrides)
     return config
@@ -169,10 +178,12 @@ def _check_flag(word: str, rest: list[str]) -> None:
 def _check_setting(word: str) -> None:
     """Refuse a part that is not chosen by one name, and Hydra's own settings."""
     name, _, value = word.lstrip("+").partition("=")
+    if not name or name == "command":
+        raise groups.unknown("setting", name, groups.top_level())
     if re.match(r"hydra\b", name):
         raise UserError(f"'{word}' is not offered: Hydra's own settings are fixed; see --help for what can be set")
     chosen = value.strip("'\"")
-    if name in groups.parts() and (name, chosen) != ("method", "null") and chosen not in groups.choices(name):
+    if name in groups.parts() and chosen not in groups.choices(name):
         raise groups.unknown(name, value, groups.choices(name))
 
 
@@ -186,6 +197,13 @@ def explain(error: Exception, words: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, ConfigCompositionException) and (match := re.search(r"Could not override '([^']+)'", text)):
         return _explain_setting(match[1].split("@")[0], words)
+    if match := re.search(r"Error merging override (.*)", text):
+        return f"{match[1]} is not valid: a list, a mapping or a single value stands there, see --cfg job"
+    if match := re.search(r"Ambiguous value for argument '([^']*)'", text):
+        name, _, values = match[1].partition("=")
+        return f"{match[1]} is not valid: give one value, or {name}=[{values}] where a list is asked for"
+    if match := re.search(r"Could not delete.*'([^']*)'", text):
+        return str(groups.unknown("setting", match[1], groups.top_level()))
     if match := re.search(r"[Cc]ould not find '([^']+)'|No match in the defaults list.*'([^']+)'", text):
         return f"unknown part '{match[1] or match[2]}'; see --help"
     return " ".join(text.split())
@@ -199,9 +217,13 @@ def _explain_setting(path: str, words: Sequence[str]) -> str:
         return str(groups.unknown("setting", key, top))
     chosen = next((word.split("=", 1)[1] for word in words if word.startswith(f"{parent}=")), None)
     if parent == "method" and chosen is None:
-        return f"'{path}' needs a method: add method=NAME with one of {', '.join(groups.choices('method'))}"
+        return _needs_a_method(path)
     if chosen in groups.choices(parent):
         names = [name for name in groups.load(parent, chosen) if not name.startswith("_")]
         return str(groups.unknown(f"parameter of {parent} {chosen}", key, names))
     names = sorted({name for choice in groups.choices(parent) for name in groups.load(parent, choice)})
     return str(groups.unknown(f"setting of {parent}", key, names))
+
+
+def _needs_a_method(path: str) -> str:
+    return f"'{path}' needs a method: add method=NAME with one of {', '.join(groups.choices('method'))}"

@@ -82,13 +82,15 @@ class SparseVLM(Method):
         check_choice("version", self.version, tuple(SCHEDULES))
         if not self.layers:
             raise UserError("layers=[] is not valid: give the layers at whose output tokens leave")
+        check_budget("rank_scale", self.rank_scale, fraction_only=True)
+        if self.priority_heads < 1:
+            raise UserError(f"priority_heads={self.priority_heads} is not valid: give a count of at least 1")
         if self.schedule is None:
             if self.keep not in SCHEDULES[str(self.version)]:
                 valid = ", ".join(map(str, SCHEDULES[str(self.version)]))
                 raise UserError(f"keep={self.keep!r} is not valid: give {valid}, or a schedule of one count per layer")
         elif isinstance(self.schedule, str):
             check_choice("schedule", self.schedule, ("rank",))
-            check_budget("rank_scale", self.rank_scale, fraction_only=True)
             if self.version != "1.5":
                 raise UserError(f"schedule='rank' is not valid with version={self.version}: it belongs to 1.5")
         elif len(self.schedule) != len(self.layers):
