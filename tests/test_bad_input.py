@@ -76,6 +76,9 @@ SETTINGS = {
     "judge.url": (5, "", "ftp://x", "x", []),
     "judge.note": (None, 5, "", "{x}", "{", []),
     "executor.workers": (0,),
+    "controls": (None, 5, "x"),
+    "force": (None, -1, NAN, "x"),
+    "name": (5, "", "a/b", "..", "\x1b"),
     **dict.fromkeys(("hardware", "efficiency"), (5, "titan_xp", {"name": "titan_xp"})),
     **dict.fromkeys(("limt", "foo", "model.foo", "data.foo", "judge.foo", "generation.foo", "method.layer"), (1,)),
     "runner": ("os.getcwd", "corematching.evaluation.runner.run_experiment"),
@@ -181,6 +184,8 @@ WORDS = {
     **{word: [word] for word in PLAIN_WORDS},
     "completion": ["-sc", "install=bash"],
     "what": ["--cfg", "nothing"],
+    "of a method": ["method=topv", "method.layer=x"],
+    "of a part of it": ["method=pyramiddrop", "method.layers=5"],
     "escape": ["prompt=\x1b[31m"],
     "surrogate": ["methods=[{name:fastv,label:'\udcff'}]"],
 }

@@ -32,8 +32,11 @@ def with_controls(entry: Mapping[str, Any], model: Mapping[str, Any], controls: 
     name = entry["name"]
     if controls is True and name != "random" and name in groups.choices("method"):
         overrides = (model.get("method_overrides") or {}).get(name) or {}
-        layer = dropping_layer(name, {**method_defaults(name), **overrides, **entry}, model)
-        if layer is not None:
+        try:
+            layer = dropping_layer(name, {**method_defaults(name), **overrides, **entry}, model)
+        except (TypeError, ValueError, LookupError, OverflowError):
+            layer = None  # the method itself will say what is wrong with its parameters
+        if isinstance(layer, int):
             own = {"keep": entry["keep"]} if entry.get("keep") is not None else {}
             entries.insert(0, {"name": "random", "label": random_label(layer), "layer": layer, **own})
     if controls is True and name in NEURON_METHODS:

@@ -58,7 +58,8 @@ class Experiment:
     @property
     def manifest(self) -> Manifest:
         """What the experiment's folder says of it."""
-        return Manifest(asks.ask_of(self.settings), [[row.label, row.keep] for row in self.rows])
+        labels = {cell.id: [cell.label["method"], cell.label["keep"]] for cell in self.cells}
+        return Manifest(asks.ask_of(self.settings), [[row.label, row.keep] for row in self.rows], labels)
 
 
 def plan(config: DictConfig) -> Experiment:

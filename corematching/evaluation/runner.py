@@ -86,7 +86,9 @@ def headline(experiment: Experiment, pending: int) -> Iterator[str]:
 
 def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
     """Write and print the table; returns the exit status."""
-    records = [store.read(cell.id) for cell in experiment.cells]
+    read = [(cell, store.read(cell.id)) for cell in experiment.cells]
+    # A cell is called what this experiment calls it, whoever computed it.
+    records = [record and {**record, "labels": {**record["labels"], **cell.label}} for cell, record in read]
     present = [record for record in records if record is not None]
     counts = sorted({record["n"] for record in present if record["n"]})
     asked = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "0"

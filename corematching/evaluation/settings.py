@@ -41,12 +41,16 @@ Prompt = Annotated[str, OneOf("prompt", lambda: PROMPTS)]
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
-def check_parameters(method: str, names: Mapping[str, Any]) -> None:
-    """Refuse parameters that a method does not have."""
+def check_parameters(method: str, parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that a method does not have, and several budgets where one stands."""
     known = method_defaults(method)
-    for name in names:
+    for name in parameters:
         if name not in known and name != PER_IMAGE:
             raise groups.unknown(f"parameter of {method}", name, known)
+    if isinstance(parameters.get("keep"), list):
+        raise UserError(
+            f"keep={shown(parameters['keep'])} of {method} is not valid: give one budget; the experiment's keep sweeps"
+        )
 
 
 def _named(entry: Any) -> Any:

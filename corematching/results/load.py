@@ -171,6 +171,7 @@ def load_results(folders: Iterable[Path | str]) -> Results:
                 continue
             row = _row(record, cell)
             # Lines of a second folder stand behind those of the first.
+            row.update(manifest.renamed(row["id"]))
             row["place"] = float(number * UNPLACED + manifest.place(row["method"], row["keep"]))
             records.setdefault(row["id"], row)
     results.cells = _frame(records.values())

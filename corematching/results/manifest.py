@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,17 @@ class Manifest:
         What decides the table: words of the command line, model and data; see `corematching.evaluation.asks`.
     lines
         (label, keep) of every line, in the order in which the experiment lists them.
+    labels
+        By cell id: (label, keep) of its line here, whatever it was called when it was computed.
     """
 
     ask: Mapping[str, Any]
     lines: Sequence[Sequence[Any]] = ()
+    labels: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def renamed(self, cell_id: str) -> dict[str, Any]:
+        """The method's label and budget of a cell, as this experiment has them; empty for a cell it does not list."""
+        return dict(zip(("method", "keep"), self.labels.get(cell_id, ()), strict=False))
 
     def place(self, label: str, keep: Any) -> int:
         """Where the experiment lists this line, from 0; `UNPLACED` if it does not."""
@@ -44,6 +51,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest; None where there is none or it cannot be read."""
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return Manifest(dict(found["ask"]), [list(line) for line in found["lines"]])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        labels = {cell: [str(label), keep] for cell, (label, keep) in found.get("labels", {}).items()}
+        return Manifest(dict(found["ask"]), [list(line) for line in found["lines"]], labels)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
