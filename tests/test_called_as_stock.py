@@ -362,6 +362,26 @@ def test_adapters_act_as_if_they_were_merged(name, kind, random_llava, predictor
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["fastv", "core_neurons", "wanda_neurons"])
+def test_a_peft_model_answers_as_the_merged_one(name, random_llava):
+    peft = pytest.importorskip("peft")
+    names = r".*language_model.*(gate_proj|up_proj|down_proj|q_proj)"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=names, init_lora_weights=False)
+        model = peft.get_peft_model(copy.deepcopy(random_llava), config).eval()
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    method = cm.build_method(name, **NEURONS.get(name, {"layer": 2, "keep": 10}))
+    results = []
+    for own in (model, merged):
+        with method(own) as trace:
+            out = own.generate(**make_prompt(3), max_new_tokens=3, **OPTIONS)
+            results.append((torch.cat(out.logits), own(**make_prompt(4)).logits, trace.samples[0].visual_tokens[-1]))
+    for mine, right in zip(*results, strict=True):
+        torch.testing.assert_close(mine, right, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["fastv", *NEURONS])
 def test_offloaded_weights_are_waited_for(name, random_llava, predictor_file):
     accelerate = pytest.importorskip("accelerate")

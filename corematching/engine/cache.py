@@ -83,11 +83,6 @@ class TracedLayer(DynamicLayer):
         return super().get_seq_length()
 
     @property
-    def past(self) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values [B, H_kv, rows, hd]; None before the first token."""
-        return (self.keys, self.values) if self.rows else (None, None)
-
-    @property
     def _tracked(self) -> bool:
         return self.talk.open or self.talk.reduced
 
@@ -114,10 +109,10 @@ class TracedLayer(DynamicLayer):
 
     def keep_rows(self, rows: int) -> None:
         """Forget all rows after the first ``rows``."""
-        if self.rows > rows:
+        if self.rows > rows and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self._passed_on(beam_idx)
 
@@ -126,10 +121,10 @@ class TracedLayer(DynamicLayer):
         self._passed_on(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = self.keys.shape[0] if self.rows else 0
+        before = self.keys
         super().batch_repeat_interleave(repeats)
-        if rows:
-            self._passed_on(torch.arange(rows, device=self.keys.device).repeat_interleave(repeats))
+        if self.rows and before is not None:
+            self._passed_on(torch.arange(before.shape[0], device=before.device).repeat_interleave(repeats))
 
     def _passed_on(self, rows: Tensor) -> None:
         if self.first:

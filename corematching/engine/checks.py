@@ -53,6 +53,8 @@ def check_model(model: nn.Module, decoder: Any, stages: Sequence[Stage]) -> None
         raise UserError("the model is compiled, so replaced parts would not run: use it without model.compile()")
     if not stages:
         return
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise UserError("the model is sharded over devices (tensor parallel): methods need every layer whole on one")
     for path, parameter in decoder.named_parameters():
         if hasattr(parameter, "placements") or hasattr(parameter, "device_mesh"):
             kind = type(parameter).__name__

@@ -10,8 +10,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from corematching.engine import turns
 from corematching.engine.cache import Conversation, Rows, trace_layers
-from corematching.engine.layout import NO_PAST, Layout, Past, joined
+from corematching.engine.layout import Layout, Past, joined
 from corematching.engine.state import PromptState
 from corematching.engine.views import AttentionSignals, FFNSignals, KVSignals, LayerSignals, Prompt
 from corematching.errors import UserError
@@ -75,19 +76,21 @@ def forward(
 def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cache, kwargs) -> tuple:
     """Run a turn's prompt: hidden states, and the conversation (None without a cache)."""
     decoder, length = session.decoder, hidden.shape[1]
-    past = pasts(talk, cache, attention_mask, decoder.config.num_hidden_layers)
+    past = turns.pasts(talk, cache, attention_mask, decoder.config.num_hidden_layers)
     own = attention_mask if attention_mask is None else attention_mask[:, -length:]
-    order = _padding_first(own) if session.acts else None
-    if order is not None:
-        hidden, own, position_ids = _along(hidden, order), own.gather(1, order), _along(position_ids, order)
-    state, prompt = session.begin(hidden, own, position_ids, talk, past, order)
+    order = turns.padding_first(own) if session.acts else None
+    if order is not None and own is not None:
+        hidden, own, position_ids = turns.along(hidden, order), own.gather(1, order), turns.along(position_ids, order)
+    state, prompt = turns.open_turn(session, hidden, own, position_ids, talk, past, order)
     if cache is not None:
         if talk is None:
             talk = session.follow(Conversation(session))
             trace_layers(cache, talk, decoder.config.num_hidden_layers)
         talk.state = state
         session.undecided.pop(talk, None)
-    layout, previous, context, known = state.prompt, None, None, None
+    layout, previous = state.prompt, None
+    context: tuple = ()
+    known: tuple = ()
     hidden, layout = session.vision_tokens(state, prompt, hidden, layout, cached=cache is not None)
     captured = None
     if session.capturing and cache is not None and len(hidden) == 1 and past[0].rows == 0:
@@ -120,51 +123,6 @@ def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cac
         hidden = torch.empty_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden)
     session.finish_prefill(state, layout)
     return hidden, talk
-
-
-def _padding_first(mask: Tensor | None) -> Tensor | None:
-    """Long [B, n] that brings padding (of later turns in a batch, or on the right) to the front; None if it is there.
-
-    Whatever drops tokens expects left padding, as generation does.
-    """
-    if mask is None:
-        return None
-    valid = mask.bool()
-    if not bool((valid[:, :-1] & ~valid[:, 1:]).any()):
-        return None
-    return valid.to(torch.int8).argsort(dim=1, stable=True)
-
-
-def _along(values: Tensor, order: Tensor) -> Tensor:
-    """Rows of [B or 1, n, ...] in another order."""
-    values = values.expand(order.shape[0], *values.shape[1:])
-    return values.gather(1, order if values.dim() == 2 else order[..., None].expand_as(values))
-
-
-def pasts(talk: Conversation | None, cache: Any, attention_mask: Tensor | None, depth: int) -> list[Past]:
-    """Per layer: what the cache holds before a turn; decoded rows that the attention mask hides are not valid."""
-    if talk is None or talk.state is None:
-        return [NO_PAST] * depth
-    state, decoded = talk.state, talk.decoded
-    tail = None
-    if attention_mask is not None and decoded:
-        tail = attention_mask[:, talk.prefilled : talk.seen].bool()
-        tail = None if bool(tail.all()) else tail
-    order = list(range(len(state.kv_lengths[0]))) if state.order is None else state.order.tolist()
-    counted = [decoded] * len(order) if tail is None else tail.sum(1).tolist()
-    known: dict[tuple, Past] = {}
-    for layer in range(depth):
-        rows, valid, shift = cache.layers[layer].rows, state.kv_valid[layer], state.shifts[layer]
-        lengths = tuple(
-            min(rows, state.kv_lengths[layer][row] + more) for row, more in zip(order, counted, strict=True)
-        )
-        key = (rows, id(valid), id(shift), lengths)
-        if key not in known:
-            before = rows - decoded
-            first = Past(before, None if valid is None else valid[:, :before])
-            known[key] = Past(rows, joined(first, tail, decoded), shift, lengths)
-        known[layer,] = known[key]
-    return [known[layer,] for layer in range(depth)]
 
 
 def _context(decoder, hidden, layout, layer, state, own, position_ids, cache) -> tuple:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -124,5 +124,5 @@ class TokenwiseFFN:
 
 
 def _moved(predictor: Predictor, device: torch.device) -> Predictor:
-    tensors = {field.name: getattr(predictor, field.name) for field in fields(predictor)}
-    return replace(predictor, **{n: v.to(device) for n, v in tensors.items() if isinstance(v, Tensor)})
+    values: dict[str, Any] = {field.name: getattr(predictor, field.name) for field in fields(predictor)}
+    return Predictor(**{n: value.to(device) if isinstance(value, Tensor) else value for n, value in values.items()})

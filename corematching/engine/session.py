@@ -20,7 +20,7 @@ from corematching.engine.captured import Capture, CapturedPrefill, cuda_graph
 from corematching.engine.checks import check_model, unwrapped
 from corematching.engine.ffn import FFNBuilder, is_streamed, neuron_major
 from corematching.engine.guide import Guidance
-from corematching.engine.layout import Layout, Past
+from corematching.engine.layout import Layout
 from corematching.engine.predictors import TokenwiseFFN, load_predictors
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
@@ -280,68 +280,6 @@ class Session:
             return self.call.prompt_tokens(length, talk is not None, cache is not None)
         return length if talk is None or length > 1 else 0
 
-    def begin(
-        self,
-        embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        talk: Conversation | None,
-        past: list[Past],
-        order: Tensor | None = None,
-    ) -> tuple[PromptState, Prompt]:
-        """Open the state of a new prompt or turn; ``order`` (long [B, n]): where its tokens stood when they came in."""
-        ids = None if self.input_ids is None else self.input_ids[:, : embeds.shape[1]]
-        if ids is None or ids.shape != embeds.shape[:2]:
-            raise UserError("pass input_ids (not inputs_embeds): visual tokens are found by their image token id")
-        if order is not None:
-            ids = ids.gather(1, order)
-        valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        start = self._start(position_ids, valid) if past[0].rows else None
-        image_token = self.family.image_token_id(self.model.config)
-        layout = Layout.of_prompt(ids, valid, position_ids, image_token, start, order)
-        images = [count // self.geometry.image_tokens for count in layout.visual_counts]
-        earlier = self._earlier(talk)
-        calls.check_context(self.model.config, layout.lengths, earlier)
-        state = PromptState(layout, images, past, earlier)
-        state.kv_row_bytes = self.kv_row_bytes(embeds.element_size())
-        state.predictor_weights = sum(ffn.predictor.flops / 2 for ffn in self.tokenwise.values())
-        depth, patches = (
-            self.geometry.vision_depth,
-            self.geometry.image_tokens + int(self.family.has_cls(self.model.config)),
-        )
-        state.vision_tokens = state.vision_mlp_tokens = [patches] * depth
-        state.projected_tokens = list(layout.visual_counts)
-        self.current = state
-        self.activations.clear()
-        self.attended.clear()
-        prompt = Prompt(
-            ids,
-            embeds,
-            layout.visual_id > -2,
-            valid,
-            list(layout.lengths),
-            list(layout.visual_counts),
-            self.family.grid(self.model.config),
-        )
-        return state, prompt
-
-    @staticmethod
-    def _start(position_ids: Tensor, valid: Tensor) -> Tensor:
-        """Long [B, 1]: position id of each sample's first token."""
-        return position_ids.expand_as(valid).gather(1, valid.to(torch.int8).argmax(1, keepdim=True))
-
-    @staticmethod
-    def _earlier(talk: Conversation | None) -> list[int]:
-        """Tokens of earlier turns per sample, before any reduction."""
-        if talk is None or talk.state is None:
-            return []
-        state, decoded = talk.state, talk.decoded
-        tokens = state.prompt.lengths
-        if state.past_tokens:
-            tokens = [before + own for before, own in zip(state.past_tokens, tokens, strict=True)]
-        order = range(len(tokens)) if state.order is None else state.order.tolist()
-        return [tokens[row] + decoded for row in order]
-
     def finish_prefill(self, state: PromptState, final: Layout) -> None:
         """Everything went well: the prompt enters the trace (a prefill that failed does not)."""
         self.final = None if final is state.prompt else final
@@ -407,7 +345,9 @@ class Session:
     def _replaced(self, run: TowerRun) -> tuple[Replace, Replace] | None:
         """What the tower's output becomes per image and per sample; None when nothing was reduced."""
         decision = image_decision(run, self.output)
-        return decision and (decision, per_sample(decision, run.images, self.geometry.image_tokens))
+        if decision is None:
+            return None
+        return decision, per_sample(decision, run.images, self.geometry.image_tokens)
 
     # --------------------------------------------------------------------------------------------- decode-time neurons
     def defer_choice(self, talk: Conversation, stage: ChooseNeurons, signals: FFNSignals) -> None:
