@@ -58,6 +58,8 @@ def table(rows: list) -> str:
     lines += ["", "## Known deviations", ""]
     known = {row.method: row.deviations for row in rows if row.deviations}
     lines += [f"- `{method}`: {text}" for method, text in known.items()]
+    choices = importlib.import_module("parity_choices")
+    lines += ["", "## Where paper, official code and other readings differ", "", *choices.table()]
     others = [name for name in group_names("method") if name not in {row.method for row in rows}]
     lines += ["", "## Without a recorded official output", "", ", ".join(f"`{name}`" for name in others) + ".", ""]
     lines += ["These are tested against hand-computed cases and the properties that every method promises."]

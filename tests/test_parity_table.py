@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import types
 from pathlib import Path
 
 import pytest
 from parity import ParityRow
+from parity_choices import CHOICES
+from parity_choices import table as choices_table
+
+import corematching as cm
+from corematching.registry import method_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = ParityRow("fastv", "owner/fastv", "0123456789abcdef", "small", True, 2e-6, 1e-4)
@@ -59,6 +65,18 @@ def test_a_case_not_reproduced_fails_the_script(row, script, suites, tmp_path, c
     assert script.main(["--goldens", str(tmp_path), "--output", str(tmp_path / "parity.md")]) == 1
     assert f"not reproduced: fastv/{row.case}" in capsys.readouterr().err
     assert "| NO |" in (tmp_path / "parity.md").read_text()
+
+
+def test_every_choice_names_methods_and_variants_that_exist():
+    for choice in CHOICES:
+        defaults = method_defaults(choice.method)
+        for name, value in re.findall(r"`(\w+)=(\w+)`", choice.variants):
+            assert name in defaults, choice
+            variant = {"true": True, "false": False}.get(value, value)
+            assert defaults[name] != variant, choice
+            cm.build_method(choice.method, **{name: variant})
+    text = (ROOT / "docs" / "parity.md").read_text()
+    assert "\n".join(choices_table()) in text
 
 
 def test_committed_table_covers_every_shipped_case():
