@@ -39,6 +39,9 @@ class FakeBench:
     def check_methods(self, cells):
         pass
 
+    def prepare(self):
+        pass
+
     def evaluate(self, cell: Cell, on_progress):
         label = cell.label
         self.evaluated.append((label["method"], label["keep"], label["benchmark"]))
@@ -355,12 +358,13 @@ def test_workers_get_the_same_command_and_their_own_share_of_the_machine(fake, m
 
     class Refusing:
         returncode = 2
+        stdin = None
 
-        def __init__(self, words, env, stdout, stderr):
+        def __init__(self, words, env, stdin, stdout, stderr):
             started.append((words, env))
             stdout.write(b"NOTE: first\nerror: layer=77 is not a layer of this model\n")
 
-        poll = wait = terminate = lambda self: 2
+        poll = wait = terminate = lambda self, *_: 2
 
     monkeypatch.setattr(executors.subprocess, "Popen", Refusing)
     monkeypatch.setattr(machine, "gpu_count", lambda: 2)
@@ -372,6 +376,84 @@ def test_workers_get_the_same_command_and_their_own_share_of_the_machine(fake, m
     assert {"limit=7", "executor=local", "tracking=none", "report=false"} <= set(words)
     assert "executor=processes" not in words
     assert started[0][0] == started[1][0]
+
+
+def test_a_worker_that_dies_is_reported_with_the_end_of_its_log(fake, tmp_path, monkeypatch, capsys):
+    from corematching.evaluation import executors
+
+    monkeypatch.setattr(executors, "_POLL_SECONDS", 0.1)
+
+    def dying(number, count, log, experiment):
+        script = "import os, signal; print('loading'); print('no \\x1b[31mmemory', flush=True); os.kill(os.getpid(), 9)"
+        with log.open("wb") as file:
+            return subprocess.Popen([sys.executable, "-c", script], stdout=file)
+
+    monkeypatch.setattr(executors, "_start_worker", dying)
+    assert fake("executor=processes", "executor.workers=1") == 1
+    out = capsys.readouterr().out
+    assert "worker 0 was ended by SIGKILL" in out
+    assert "0.log: no \\x1b[31mmemory" in out
+    assert "10 cells have not run yet" in out
+
+
+def test_a_file_in_the_place_of_the_workers_folder_is_one_line(fake, tmp_path, capsys):
+    Store(tmp_path / "results/run")
+    (tmp_path / "results/run/workers").write_text("")
+    assert fake("executor=processes", "name=run") == 2
+    assert capsys.readouterr().err.startswith("error: cannot start workers in ")
+
+
+ORPHAN = """
+import subprocess, sys, time
+worker = "import time; from corematching import cli; from corematching.evaluation import worker\\n"
+worker += "def run():\\n    print('up', flush=True)\\n    time.sleep(60)\\n"
+worker += "cli.main = run\\nworker.main()"
+child = subprocess.Popen([sys.executable, "-c", worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_ends_when_its_parent_is_killed():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        orphan = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 30
+        while (alive := _runs(orphan)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive
+    finally:
+        parent.kill()
+        parent.stdout.close()
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there, and not only waiting to be reaped."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_finished_experiment_gets_the_report_it_lacks(fake, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("corematching.evaluation.runner.publish_run", lambda folder, *_: drawn.append(folder))
+    report = tmp_path / "results/run/report.html"
+    assert fake("name=run") == 0
+    assert fake("name=run") == 0
+    assert drawn == [], "report=false"
+    assert fake("name=run", "report=true") == 0
+    report.write_text("")
+    assert fake("name=run", "report=true") == 0
+    assert len(drawn) == 1, "once while it is missing"
+    os.utime(report, ns=(1, 1))
+    assert fake("name=run", "report=true") == 0
+    assert len(drawn) == 2, "once more when it is older than the cells"
 
 
 @pytest.mark.parametrize(("wanted", "cells", "count"), [(None, 9, 3), (2, 9, 2), (5, 4, 4)])

@@ -49,6 +49,16 @@ class Evaluator:
         if any(benchmark.needs_judge for benchmark in self.experiment.benchmarks):
             judge_values(**self.experiment.settings["judge"])
 
+    def prepare(self) -> None:
+        """Load the model now, so that a checkpoint that is no good ends the run instead of failing every cell.
+
+        Raises
+        ------
+        UserError
+            If weights or processor cannot be loaded.
+        """
+        _ = self.generator
+
     @property
     def judge(self) -> Judge | None:
         """The judge as it was asked for; a bundled one is started at its first use."""

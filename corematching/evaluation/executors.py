@@ -4,6 +4,7 @@ An executor gets the cells that are missing, sees to it that they end up in the 
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,9 +19,11 @@ from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
 from corematching.results.store import Store
+from corematching.texts import neutral
 
 OnRecord = Callable[[Cell, dict[str, Any]], None]
 _POLL_SECONDS = 2.0
+_GRACE_SECONDS = 20.0
 
 
 def run_locally(
@@ -30,6 +33,7 @@ def run_locally(
     from corematching.evaluation.evaluator import Evaluator  # torch and transformers, seconds to import
 
     evaluator = Evaluator(experiment)
+    evaluator.prepare()
     waiting = list(pending)
     while waiting:
         elsewhere = []
@@ -60,22 +64,59 @@ def run_in_processes(
     """
     count = worker_count(experiment.settings["executor"]["workers"], len(pending))
     folder = store.root / "workers"
-    folder.mkdir(exist_ok=True)
     logs = [folder / f"{number}.log" for number in range(count)]
-    workers = [_start_worker(number, count, log, experiment) for number, log in enumerate(logs)]
-    reporter.say(f"{count} workers; their output is in {folder}")
-    waiting = list(pending)
+    workers: list[subprocess.Popen] = []
+    waiting, alive = list(pending), set(range(count))
     try:
-        while any(worker.poll() is None for worker in workers):
+        folder.mkdir(exist_ok=True)
+        for number, log in enumerate(logs):
+            workers.append(_start_worker(number, count, log, experiment))
+        reporter.say(f"{count} workers; their output is in {folder}")
+        while alive:
             time.sleep(_POLL_SECONDS / 4)
             waiting = _collect(waiting, experiment, store, reporter, on_record)
+            for number in [number for number in alive if workers[number].poll() is not None]:
+                alive.remove(number)
+                if died := _died(workers[number].returncode, logs[number]):
+                    reporter.say(f"worker {number} {died}")
+    except OSError as error:
+        raise UserError(f"cannot start workers in '{folder}' ({error.strerror or error})") from error
     finally:
-        for worker in workers:
-            worker.terminate()
-            worker.wait()
+        _stop(workers)
     _collect(waiting, experiment, store, reporter, on_record, failures=True)
     if all(worker.returncode == 2 for worker in workers):
-        raise UserError(logs[0].read_text(encoding="utf-8").strip().splitlines()[-1].removeprefix("error: "))
+        raise UserError(_last_words(logs[0]).removeprefix("error: "))
+
+
+def _stop(workers: Sequence[subprocess.Popen]) -> None:
+    """End all workers, first asked, then forced."""
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        try:
+            worker.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        if worker.stdin is not None:
+            worker.stdin.close()
+
+
+def _died(status: int, log: Path) -> str | None:
+    """How a worker ended that neither finished nor refused, with the end of its log; None for the others."""
+    if status in (0, 1, 2):
+        return None
+    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{how}; the others take its cells. Its last words in {log}: {_last_words(log)}"
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a worker's log."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError as error:
+        return f"(unreadable: {error.strerror})"
+    return neutral(lines[-1])[-300:] if lines else "(nothing)"
 
 
 def worker_count(wanted: int | None, cells: int) -> int:
@@ -105,7 +146,11 @@ def _start_worker(number: int, count: int, log: Path, experiment: Experiment) ->
     words += [f"force={experiment.since:.0f}"] if experiment.since else []  # recomputed once, by whoever comes first
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "corematching", *words], env=environment, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "corematching.evaluation.worker", *words],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
 
 

@@ -11,9 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corematching.results.overlays import FOLDER
+from corematching.results.reading import RECORD
+from corematching.results.store import Store
 
 if TYPE_CHECKING:
     from corematching.results.aggregate import Aggregation
+
+
+def outdated(store: Store) -> bool:
+    """Whether the report is missing or older than a cell, as after a run that was killed while it drew."""
+    try:
+        written = (store.root / "report.html").stat().st_mtime_ns
+        newest = max(path.stat().st_mtime_ns for path in (store.cells, *store.cells.glob(f"*/{RECORD}")))
+    except OSError:
+        return True
+    return written < newest
 
 
 def publish_run(

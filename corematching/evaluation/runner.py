@@ -14,7 +14,7 @@ from corematching.evaluation.cells import Cell
 from corematching.evaluation.executors import EXECUTORS
 from corematching.evaluation.experiment import Experiment, plan
 from corematching.evaluation.progress import Reporter
-from corematching.evaluation.publishing import publish_run
+from corematching.evaluation.publishing import outdated, publish_run
 from corematching.results.store import Store
 from corematching.results.table import build_table
 from corematching.results.terminal import show
@@ -56,6 +56,8 @@ def run_experiment(config: DictConfig) -> int:
                     "run the same command again to finish the rest"
                 )
                 return 130
+        elif experiment.settings["report"] and outdated(store):
+            publish_run(store.root, reporter.say, lambda media: None)
     return conclude(experiment, store, reporter)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig
 
 from corematching import registry
 from corematching.errors import UserError
+from corematching.models.checkpoint import load_processor, load_weights, random_weights
 from corematching.models.families import family_of
 from corematching.registry import group_names
 
@@ -75,7 +76,8 @@ def load_model(
     Raises
     ------
     UserError
-        Unknown model, unsupported family, or a bad ``weights``, ``dtype`` or ``num_layers``.
+        Unknown model, unsupported family, a bad ``weights``, ``dtype`` or ``num_layers``, or a checkpoint that is
+        damaged or does not fit its architecture.
     """
     name = fspath(name_or_path) if isinstance(name_or_path, PathLike) else name_or_path
     config = load_config(name, weights, num_layers, revision)
@@ -84,20 +86,16 @@ def load_model(
         raise UserError(f"seed={seed!r} is not valid: give a whole number of at least 0")
     resolved = _dtype(dtype, device, weights)
     if weights == "random":
-        model: Any = _random_model(config, resolved, device, seed)
+        model: Any = random_weights(config, resolved, device, seed)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=resolved, revision=revision)
-        model = model.to(device)
+        model = load_weights(path, config, resolved, revision).to(device)
     return model.eval(), _processor(name, path, weights, revision)
 
 
 def _processor(name: str, path: str, weights: str, revision: str | None) -> Any:
     if weights == "random" and _architecture(name) is not None:
         return None  # asking for one would go looking for a network
-    try:
-        return AutoProcessor.from_pretrained(path, revision=revision)
-    except (OSError, ValueError):
-        return None
+    return load_processor(path, revision)
 
 
 def load_config(
@@ -167,11 +165,3 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device, weights: str) 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise UserError(f"dtype={dtype!r} is not valid: choose from float32, float16, bfloat16")
     return getattr(torch, dtype)
-
-
-def _random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
-    """The architecture with random weights, made directly in the target dtype and on the target device."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), device:
-        torch.manual_seed(seed)
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
