@@ -30,6 +30,7 @@ RUNNERS = {
     "efficiency": "corematching.efficiency.bench.run",
 }
 """What runs an experiment, by the setting ``runner``; imported when it is needed."""
+DRY_RUN = "corematching.evaluation.dry_run.dry_run"
 _FLAGS = {"--help", "-h", "--resolve", "-r", "--info", "-i", "--hydra-help"}
 _WITH_VALUE = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all"), "--package": (), "-p": ()}
 _SEVERAL = (
@@ -90,7 +91,9 @@ def run(config: DictConfig, choices: Any, words: Sequence[str]) -> int:
     debug = OmegaConf.select(config, "debug") is True
     try:
         config = settle(config, choices, words)
-        return get_method(RUNNERS[read_settings(config)["runner"]])(config)
+        settings = read_settings(config)
+        runner = get_method(DRY_RUN if settings["dry_run"] else RUNNERS[settings["runner"]])
+        return runner(config)
     except (UserError, OmegaConfBaseException) as error:
         return _complain(error, words, debug)
 

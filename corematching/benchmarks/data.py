@@ -72,6 +72,17 @@ class DataSource:
             return content_version(benchmark.folder, self.n, self.seed)
         return self.root(benchmark).name
 
+    def version_at_hand(self, benchmark: Benchmark) -> str | None:
+        """What `version` would say if the data is on this machine already; None if it is not."""
+        if self.name == "mini":
+            from corematching.benchmarks.mini.writers import version_at_hand
+
+            return version_at_hand(benchmark.folder, self.n, self.seed)
+        from corematching.benchmarks.hub import cached, dataset_repo
+
+        folder = cached(dataset_repo(benchmark, self.revision))
+        return folder.name if folder else None
+
 
 def load_source(name: str, **settings: object) -> DataSource:
     """Build the source described by ``conf/data/<name>.yaml``, with `settings` on top.

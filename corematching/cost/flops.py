@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from corematching.cost.shapes import decoder_layer_flops, vision_layer_flops
 from corematching.engine.trace import SampleTrace, Trace
 from corematching.errors import UserError
 from corematching.models.families import family_of
@@ -124,9 +125,7 @@ def _layer_flops(text: Any, queries: float, keys: float, ffn_width: float) -> fl
     """One decoder layer: ``queries`` tokens attending to ``keys`` rows, ``ffn_width`` neurons in a gated FFN."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     q_width, kv_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    projections = 2 * queries * text.hidden_size * (2 * q_width + 2 * kv_width)
-    attention = 4 * queries * keys * q_width
-    return projections + attention + 6 * queries * text.hidden_size * ffn_width
+    return decoder_layer_flops(text.hidden_size, q_width, kv_width, queries, keys, ffn_width)
 
 
 def _vision_flops(config: Any, sample: SampleTrace) -> float:
@@ -137,8 +136,7 @@ def _vision_flops(config: Any, sample: SampleTrace) -> float:
     layers = 0.0
     for entering, staying in zip(sample.vision_tokens, sample.vision_mlp_tokens, strict=True):
         per_image = entering / max(sample.images, 1)
-        layers += 8.0 * entering * width**2 + 4.0 * entering * per_image * width
-        layers += 4.0 * staying * width * vision.intermediate_size
+        layers += vision_layer_flops(width, vision.intermediate_size, entering, staying, per_image)
     return embedding + layers
 
 

@@ -21,6 +21,8 @@ from corematching.results.order import line_order
 from corematching.results.titles import benchmark_order
 from corematching.texts import neutral
 
+NOT_FETCHED = "not fetched"
+"""Version of data, or revision of a model, that a dry run does not find on this machine."""
 _ENTRY_KEYS = ("name", "label", "budgets", "with", "seeds")
 
 
@@ -62,8 +64,15 @@ class Experiment:
         return Manifest(asks.ask_of(self.settings), [[row.label, row.keep] for row in self.rows], labels)
 
 
-def plan(config: DictConfig) -> Experiment:
+def plan(config: DictConfig, fetch: bool = True) -> Experiment:
     """Check a configuration and lay out its cells.
+
+    Parameters
+    ----------
+    config
+        As Hydra composed it and `corematching.cli.settle` settled it.
+    fetch
+        Whether data may be made or fetched; else what is not here is named `NOT_FETCHED`, and no cell of it is done.
 
     Raises
     ------
@@ -73,11 +82,12 @@ def plan(config: DictConfig) -> Experiment:
     settings = read_settings(config)
     benchmarks = tuple(load_benchmark(name) for name in benchmark_order(settings["benchmarks"]))
     rows = method_rows(settings)
-    model = model_identity(settings["model"])
+    model = model_identity(settings["model"], fetch)
     source = load_source(**settings["data"])
-    cells = [
-        _cell(settings, model, row, benchmark, source.version(benchmark)) for benchmark in benchmarks for row in rows
-    ]
+    versions = {
+        one.name: source.version(one) if fetch else source.version_at_hand(one) or NOT_FETCHED for one in benchmarks
+    }
+    cells = [_cell(settings, model, row, one, versions[one.name]) for one in benchmarks for row in rows]
     folder = asks.folder_of(settings)
     return Experiment(
         folder.name,
@@ -202,8 +212,10 @@ def check_keep(name: str, keep: Any, tokens: int | None) -> None:
     raise UserError(f"{name}={keep} is not valid: give {counts} or a kept fraction in (0, 1]")
 
 
-def model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
+def model_identity(model: Mapping[str, Any], fetch: bool = True) -> dict[str, Any]:
     """The part of a cell that says which model: weights are named by content or commit, never by place alone.
+
+    Without `fetch`, a model of the Hub that is not cached is named `NOT_FETCHED`.
 
     Raises
     ------
@@ -219,7 +231,7 @@ def model_identity(model: Mapping[str, Any]) -> dict[str, Any]:
     identity = {
         "name": model["name"],
         "path": model["path"],
-        "revision": provenance.model_revision(model),
+        "revision": provenance.model_revision(model) if fetch or provenance.at_hand(model) else NOT_FETCHED,
         "dtype": dtype,
         "weights": model["weights"],
     }

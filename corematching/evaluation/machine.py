@@ -26,6 +26,19 @@ def gpu_count() -> int:
     return count.value
 
 
+@cache
+def gpu_name() -> str | None:
+    """Name of the first visible NVIDIA GPU as its driver has it (torch says the same); None without one."""
+    if gpu_count() == 0:
+        return None
+    driver = ctypes.CDLL("libnvidia-ml.so.1")
+    first = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
+    handle, text = ctypes.c_void_p(), ctypes.create_string_buffer(96)
+    if driver.nvmlDeviceGetHandleByIndex_v2(int(first) if first.isdecimal() else 0, ctypes.byref(handle)) != 0:
+        return None
+    return text.value.decode() if driver.nvmlDeviceGetName(handle, text, len(text)) == 0 else None
+
+
 def offline() -> bool:
     """Whether the user asked the Hugging Face libraries to stay offline."""
     return any(

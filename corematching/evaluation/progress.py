@@ -1,17 +1,19 @@
 """What a run says while it works: a live display on a terminal, plain lines elsewhere."""
 
+import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from corematching.evaluation.cells import Cell
 from corematching.results.columns import capped_text
 
 
 class Reporter(AbstractContextManager):
-    """Tells the progress over cells and, within one, over questions.
+    """Tells the progress over cells and, within one, over questions, and how long the whole run still takes.
 
     Parameters
     ----------
@@ -19,25 +21,26 @@ class Reporter(AbstractContextManager):
         Cells to run.
     console
         Where to print; standard output by default.
+    weights
+        How long each cell takes in proportion to the others; equally long where nothing is said.
     """
 
-    def __init__(self, cells: int, console: Console | None = None):
+    def __init__(self, cells: int, console: Console | None = None, weights: Mapping[Cell, float] | None = None):
         self.console = console or Console(highlight=False)
         self.cells, self.finished = cells, 0
+        self._weights = {cell: weight for cell, weight in (weights or {}).items() if weight > 0}
+        usual = sum(self._weights.values()) / len(self._weights) if self._weights else 1.0
+        self._usual, self._whole = usual, max(sum(self._weights.values()), usual * cells)
+        self._done, self._current, self._began = 0.0, 0.0, time.monotonic()
         self._live: Progress | None = None
         if self.console.is_terminal and cells:
-            self._live = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._all = self._live.add_task("cells", total=cells)
-            self._one = self._live.add_task("", total=None, visible=False)
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}"))
+            self._live = Progress(*columns, console=self.console, transient=True)
+            self._all = self._live.add_task("whole run", total=self._whole, shown=f"0/{cells} cells")
+            self._one = self._live.add_task("", total=None, visible=False, shown="")
 
     def __enter__(self) -> "Reporter":
+        self._began = time.monotonic()
         if self._live:
             self._live.start()
         return self
@@ -52,30 +55,55 @@ class Reporter(AbstractContextManager):
 
     def start(self, cell: Cell) -> None:
         """A cell begins."""
+        self._current = self._weights.get(cell, self._usual)
         if self._live:
-            self._live.reset(self._one, description=str(cell), total=None, visible=True)
+            self._live.reset(self._one, description=str(cell), total=None, visible=True, shown="")
 
     def advance(self, done: int, total: int) -> None:
         """So many of the cell's questions are answered."""
         if self._live:
-            self._live.update(self._one, completed=done, total=total)
+            self._live.update(self._one, completed=done, total=total, shown=f"{done}/{total} questions")
+            self._show(self._current * done / max(total, 1))
 
     def finish(self, cell: Cell, record: dict[str, Any]) -> None:
         """A cell ended, well or not."""
-        self.finished += 1
+        self._move_on(cell)
+        left = self.seconds_left()
+        tail = f", {duration(left)} left" if left and left >= 60 else ""
         seconds = record["timing"]["seconds"]
-        self.say(f"[{self.finished}/{self.cells}] {cell}: {outcome(record)} ({seconds:.1f} s)")
-        self._move_on()
+        self.say(f"[{self.finished}/{self.cells}] {cell}: {outcome(record)} ({seconds:.1f} s{tail})")
 
     def skip(self, cell: Cell, why: str) -> None:
         """A cell is done by someone else."""
-        self.finished += 1
+        self._move_on(cell)
         self.say(f"[{self.finished}/{self.cells}] {cell}: {why}")
-        self._move_on()
 
-    def _move_on(self) -> None:
+    def seconds_left(self, current: float = 0.0) -> float | None:
+        """Seconds until the last cell is done, at the pace so far; None before anything is."""
+        done = self._done + current
+        return (time.monotonic() - self._began) * max(self._whole - done, 0.0) / done if done else None
+
+    def _move_on(self, cell: Cell) -> None:
+        self.finished += 1
+        self._done += self._weights.get(cell, self._usual)
+        self._show(0.0)
+
+    def _show(self, current: float) -> None:
+        """Move the bar of the whole run by what the cell at work has done so far."""
         if self._live:
-            self._live.update(self._all, completed=self.finished)
+            left = self.seconds_left(current)
+            tail = "" if left is None else f", {duration(left)} left"
+            shown = f"{self.finished}/{self.cells} cells{tail}"
+            self._live.update(self._all, completed=self._done + current, shown=shown)
+
+
+def duration(seconds: float) -> str:
+    """A time in words: ``40 s``, ``12 min``, ``3.2 h``, ``4 days``."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:,.0f} days"
 
 
 def outcome(record: dict[str, Any]) -> str:

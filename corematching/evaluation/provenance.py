@@ -51,13 +51,8 @@ def _git(folder: Path, *words: str) -> str:
 
 @cache
 def hardware() -> dict[str, Any]:
-    """CPU model, usable cores, GPU name (None without one); imports torch only where the driver reports a GPU."""
-    gpu = None
-    if machine.gpu_count():
-        import torch
-
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": gpu}
+    """CPU model, usable cores, GPU name (None without one)."""
+    return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": machine.gpu_name()}
 
 
 def _cpu_name() -> str:
@@ -110,6 +105,14 @@ def model_revision(model: Mapping[str, Any]) -> str:
             f"no model at '{path}': give a folder with config.json, or a Hub id such as {machine.REAL_REPOSITORY}"
         )
     return _hub_commit(path, model["revision"] or "main")
+
+
+def at_hand(model: Mapping[str, Any]) -> bool:
+    """Whether a model can be identified without the Hub."""
+    path = str(model["path"])
+    drawn = model["weights"] == "random" and model.get("architecture")
+    local = Path(path).expanduser().is_dir() or path.startswith(("/", ".", "~")) or path.count("/") != 1
+    return bool(drawn) or local or machine.cached_revision(path, model["revision"] or "main") is not None
 
 
 def packaged_path(path: str) -> Path | None:

@@ -13,6 +13,7 @@ from corematching.evaluation.banner import banner, small_note
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.executors import EXECUTORS
 from corematching.evaluation.experiment import Experiment, plan
+from corematching.evaluation.forecast import cell_weights
 from corematching.evaluation.progress import Reporter
 from corematching.evaluation.publishing import outdated, publish_run
 from corematching.results.store import Store
@@ -42,7 +43,7 @@ def run_experiment(config: DictConfig) -> int:
         _check(experiment, pending)
     store = known or Store(experiment.folder)
     experiment.manifest.write(experiment.folder)
-    with Reporter(len(pending)) as reporter:
+    with Reporter(len(pending), weights=cell_weights(experiment, pending)) as reporter:
         for line in headline(experiment, len(pending)):
             reporter.say(line)
         if pending:

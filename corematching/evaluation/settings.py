@@ -260,6 +260,7 @@ class Settings(Part):
     limit: Count | None
     seed: Seed
     controls: Annotated[Literal[True, "dense", False], Worded("true, dense or false")]
+    dry_run: Switch
     force: Annotated[bool | Annotated[float, Field(ge=0)], Worded("true, false or a time in seconds since 1970")]
     results_dir: Text
     report: Switch

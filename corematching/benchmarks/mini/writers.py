@@ -39,7 +39,7 @@ def ensure_mini(folder: str, n: int, seed: int) -> Path:
     seed
         Seed of the generator.
     """
-    root = cache_home() / "mini" / f"{_generator()}-n{n}-s{seed}"
+    root = _suite(n, seed)
     if not intact(root / folder):
         write_mini(root, n, seed, [folder])
     return root
@@ -47,8 +47,22 @@ def ensure_mini(folder: str, n: int, seed: int) -> Path:
 
 def content_version(folder: str, n: int, seed: int) -> str:
     """Name of the generated content: depends on rows and pixels, not on how the files are compressed."""
-    manifest = json.loads((ensure_mini(folder, n, seed) / folder / MANIFEST).read_text(encoding="utf-8"))
+    return _version(ensure_mini(folder, n, seed) / folder, n, seed)
+
+
+def version_at_hand(folder: str, n: int, seed: int) -> str | None:
+    """`content_version` if the dataset has been written before; None if not."""
+    root = _suite(n, seed)
+    return _version(root / folder, n, seed) if (root / folder / MANIFEST).is_file() else None
+
+
+def _version(dataset: Path, n: int, seed: int) -> str:
+    manifest = json.loads((dataset / MANIFEST).read_text(encoding="utf-8"))
     return f"mini-n{n}-s{seed}-{manifest['content'][:12]}"
+
+
+def _suite(n: int, seed: int) -> Path:
+    return cache_home() / "mini" / f"{_generator()}-n{n}-s{seed}"
 
 
 def write_mini(root: Path, n: int, seed: int, folders: Iterable[str] | None = None) -> None:

@@ -1,0 +1,162 @@
+"""``dry_run=true``: what a command would compute, how long, and what it needs. Nothing is computed or fetched."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from corematching.benchmarks import hub
+from corematching.errors import UserError
+from corematching.evaluation import asks, machine
+from corematching.evaluation.attempt import finished
+from corematching.evaluation.banner import banner
+from corematching.evaluation.experiment import NOT_FETCHED, Experiment, method_rows, model_identity, plan
+from corematching.evaluation.forecast import Forecast, questions_of
+from corematching.evaluation.progress import duration
+from corematching.evaluation.settings import read_settings
+from corematching.results.store import Store
+
+_QUESTION_BYTES, _CELL_BYTES, _PAGE_BYTES = 400, 12_000, 8_000_000
+"""What results take on the disk: a row of samples.parquet, a cell.json, figures and report."""
+
+
+def dry_run(config: DictConfig) -> int:
+    """Print what a composed configuration would do; returns the exit status.
+
+    Raises
+    ------
+    UserError
+        For a wrong setting.
+    """
+    settings = read_settings(config)
+    for line in banner(settings, answers=settings["runner"] != "efficiency"):
+        print(line)
+    print("dry run: nothing is computed or fetched")
+    lines = _efficiency_lines(settings) if settings["runner"] == "efficiency" else _accuracy_lines(config)
+    for line in lines:
+        print(line)
+    return 0
+
+
+def _accuracy_lines(config: DictConfig) -> Iterator[str]:
+    experiment = plan(config, fetch=False)
+    settings, forecast, questions = experiment.settings, Forecast.of(experiment.settings), questions_of(experiment)
+    store = Store(experiment.folder) if (experiment.folder / "cells").is_dir() else None
+    done = {cell for cell in experiment.cells if store and finished(store.read(cell.id), experiment)}
+    pending = [cell for cell in experiment.cells if cell not in done]
+    yield (
+        f"{experiment.name}: {len(experiment.cells)} cells on {settings['model']['name']} with"
+        f" {settings['data']['name']} data, {len(done)} done, {len(pending)} to do -> {experiment.folder}"
+    )
+    average = settings["match"] == "average"
+    total = 0.0
+    for benchmark in experiment.benchmarks:
+        own = [cell for cell in pending if cell.label["benchmark"] == benchmark.name]
+        seconds = sum(forecast.cell_seconds(cell, questions[benchmark.name], average) for cell in own)
+        total += seconds
+        each = f"{questions[benchmark.name]:,} questions each"
+        yield f"  {benchmark.name}: {len(own)} cells to do, {each}, {_time(seconds)}"
+    asked = sum(questions[cell.label["benchmark"]] for cell in pending)
+    yield f"questions: {asked:,}"
+    yield f"time: {_time(total)} ({_basis(forecast, experiment)})"
+    yield f"memory: {_memory(forecast)}"
+    space = len(pending) * _CELL_BYTES + asked * _QUESTION_BYTES + (_PAGE_BYTES if settings["report"] else 0)
+    yield f"disk: about {_bytes(space)} of results; {_bytes(_free(experiment.folder))} free"
+    yield f"to download: {'; '.join(_downloads(experiment)) or 'nothing'}"
+
+
+def _efficiency_lines(settings: Mapping[str, Any]) -> Iterator[str]:
+    folder, rows = asks.folder_of(settings), method_rows(settings)
+    lengths = list(dict.fromkeys(settings["efficiency"]["output_tokens"]))
+    store = Store(folder) if (folder / "cells").is_dir() else None
+    stored = {
+        (record["labels"]["method"], record["labels"]["keep"], record["bench"]["output_tokens"])
+        for record in (store.records() if store else ())
+        if record["status"] == "done" and record.get("bench") and not record["bench"]["predicted"]
+    }
+    pending = [row for row in rows if any((row.label, row.keep, length) not in stored for length in lengths)]
+    yield f"{folder.name}: {len(rows)} methods at {len(lengths)} output lengths, {len(pending)} to measure -> {folder}"
+    forecast = Forecast.of({**settings, "batch_size": 1})
+    if forecast.shapes is not None:
+        pairs = settings["efficiency"]["repeats"] + 1  # one warm-up
+        seconds = 0.0
+        for row in pending:
+            by_layer = forecast.tokens_by_layer({"name": row.method, **row.parameters})
+            seconds += 2 * pairs * forecast.answer_seconds(by_layer, max(lengths))
+        yield f"time: {_time(seconds)} or more (roofline of {forecast.source}; dense and method by turns)"
+    yield f"memory: {_memory(forecast)}"
+    space = len(pending) * len(lengths) * _CELL_BYTES + _PAGE_BYTES
+    yield f"disk: about {_bytes(space)} of results; {_bytes(_free(folder))} free"
+    if settings["model"]["weights"] != "random" and (model := _model_download(settings)):
+        yield f"to download: {model}"
+
+
+def _basis(forecast: Forecast, experiment: Experiment) -> str:
+    """What the time rests on."""
+    if forecast.shapes is None:
+        return "the model's sizes are not known before it is there"
+    used = {one for benchmark in experiment.benchmarks for one in forecast.alike(benchmark.name)}
+    if not used:
+        return f"roofline of {forecast.source}; nothing was measured here yet, so it will be longer"
+    factors = [forecast.correction(benchmark.name) for benchmark in experiment.benchmarks]
+    span = f"{min(factors):.2g}" if len(set(factors)) == 1 else f"{min(factors):.2g} to {max(factors):.2g}"
+    return f"roofline of {forecast.source} times {span}, from {len(used)} earlier cells on this machine"
+
+
+def _memory(forecast: Forecast) -> str:
+    """Weights and KV cache of a full batch of dense prompts."""
+    if forecast.shapes is None:
+        return "not known before the model is there"
+    element = 2 if machine.gpu_count() and forecast.model["dtype"] != "float32" else 4
+    weights = forecast.shapes.weights * element
+    rows = (forecast.model.get("visual_tokens") or 576) + 200
+    cache = forecast.batch_size * rows * forecast.shapes.depth * forecast.shapes.kv_row * element
+    batch = f"at batch size {forecast.batch_size}"
+    return f"about {_bytes(weights)} of weights, {_bytes(cache)} of KV cache {batch}, and activations"
+
+
+def _downloads(experiment: Experiment) -> Iterator[str]:
+    if (model := _model_download(experiment.settings)) is not None:
+        yield model
+    if experiment.settings["data"]["name"] != "hub":
+        return
+    for benchmark in experiment.benchmarks:
+        repo = hub.dataset_repo(benchmark, experiment.source.revision)
+        if hub.cached(repo) is None:
+            yield _sized(repo)
+
+
+def _model_download(settings: Mapping[str, Any]) -> str | None:
+    chosen = settings["model"]
+    if model_identity(chosen, fetch=False)["revision"] != NOT_FETCHED:
+        return None
+    return _sized(hub.Repo("model", str(chosen["path"]), ("*.json", "*.safetensors", "*.model"), chosen["revision"]))
+
+
+def _sized(repo: hub.Repo) -> str:
+    """A repository with what is still to come of it, if the Hub can be asked."""
+    if not machine.hub_reachable():
+        return f"{repo.kind} {repo.id} (size unknown: the Hub cannot be reached)"
+    try:
+        return f"{repo.kind} {repo.id} ({hub.gigabytes(hub.plan(repo).bytes_missing)})"
+    except UserError as error:
+        return f"{repo.kind} {repo.id} (size unknown: {error})"
+
+
+def _free(folder: Path) -> float:
+    """Free bytes where a folder is or will be."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return float(shutil.disk_usage(folder).free)
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"about {duration(seconds)}" if seconds > 0 else "no time"
