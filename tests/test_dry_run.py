@@ -69,8 +69,8 @@ def test_finished_cells_count_as_done_and_correct_the_time(tmp_path, capsys, no_
     out = lines(capsys, *words)
     assert "1 done, 5 to do" in out
     assert "from 1 earlier cells on this machine" in out
-    # A hundred seconds a question, though not quite as many for fewer tokens: five cells of 20 questions take hours.
-    assert 1 < float(re.search(r"time: about ([\d.]+) h", out)[1]) < 5, out
+    # A hundred seconds a question when dense, a good deal less for 64 tokens: five cells of 20 questions.
+    assert 40 < float(re.search(r"time: about (\d+) min", out)[1]) < 90, out
 
 
 def test_the_nearest_earlier_cells_correct(tmp_path):
@@ -117,7 +117,7 @@ def test_shapes_agree_with_the_counted_flops(random_llava):
     assert shapes.prefill_flops(rows) == pytest.approx(counted.vision + counted.projector + counted.prefill, rel=0.15)
     steps = 2 * shapes.step_flops([row + 1 for row in rows])
     assert steps == pytest.approx(counted.decode + counted.lm_head * 2 / 3, rel=0.02)
-    assert shapes.weights == pytest.approx(sum(one.numel() for one in random_llava.parameters()), rel=0.2)
+    assert shapes.weights == pytest.approx(sum(one.numel() for one in random_llava.parameters()), rel=0.3)
 
 
 def test_a_thousand_cells_need_no_torch(tmp_path):
