@@ -1,11 +1,11 @@
 """``dry_run=true``: what there is to do and how long it takes, at once, without torch and without touching anything."""
 
-import json
 import os
 import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from conftest import make_prompt
 from test_configs import composed, no_files  # noqa: F401  # a fixture
@@ -15,6 +15,7 @@ from corematching.evaluation import forecast, provenance
 from corematching.evaluation.dry_run import dry_run
 from corematching.evaluation.experiment import plan
 from corematching.evaluation.forecast import Forecast
+from corematching.results.store import Store
 
 GRID = ["methods=[dense,random,fastv]", "keep=[64]", "benchmarks=[gqa,pope]", "limit=20", "model=tiny", "data=mini"]
 
@@ -38,8 +39,7 @@ def record_cell(folder, cell, seconds, tokens=2.0):
         "timing": {"seconds": seconds},
         "provenance": {"hardware": provenance.hardware()},
     }
-    (folder / "cells" / cell.id).mkdir(parents=True)
-    (folder / "cells" / cell.id / "cell.json").write_text(json.dumps(made))
+    Store(folder).write(made, pd.DataFrame({"doc_id": range(20), "score": [1.0] * 20}))
 
 
 def test_it_counts_cells_and_questions_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -63,9 +63,8 @@ def test_finished_cells_count_as_done_and_correct_the_time(tmp_path, capsys, no_
     monkeypatch.setattr("corematching.benchmarks.data.DataSource.version_at_hand", lambda self, benchmark: "version")
     words = [*GRID, f"results_dir={tmp_path}", "name=grid"]
     planned = plan(composed(*words))
-    planned.folder.mkdir()
-    planned.manifest.write(planned.folder)
     record_cell(planned.folder, planned.cells[0], seconds=2000.0)
+    planned.manifest.write(planned.folder)
     out = lines(capsys, *words)
     assert "1 done, 5 to do" in out
     assert "from 1 earlier cells on this machine" in out

@@ -507,3 +507,47 @@ def test_latex_compiles(aggregation, tmp_path):
     run = subprocess.run([LATEX, *options, "tables.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:]
     assert (tmp_path / "tables.pdf").stat().st_size > 10_000
+
+
+def wide_table(rows=60, numbers=30):
+    columns = [Column(name, name.title(), numeric=False) for name in ("model", "device", "method")]
+    columns += [Column(f"n{place}", f"Some number {place}", "lower") for place in range(numbers)]
+    body = [
+        Row(
+            (
+                Entry("a model (4 layers, random weights)"),
+                Entry("a processor with a long name (2 cores)"),
+                Entry(f"method {row}"),
+                *(number(1000 * row + place, spread=" ± 12.3") for place in range(numbers)),
+            ),
+            f"block {row // 9}",
+        )
+        for row in range(rows)
+    ]
+    return Table("wide", "A wide table", "A sentence. " * 60, tuple(columns), tuple(body), ("A note.",) * 20)
+
+
+def test_a_wide_latex_table_comes_in_parts_that_repeat_their_words():
+    table = wide_table()
+    latex = render.to_latex(table)
+    parts = latex.split(r"\end{table}")[:-1]
+    assert len(parts) > 2
+    for part in parts:
+        body = part.partition(r"\toprule")[2].partition(r"\bottomrule")[0]
+        lines = [line.removesuffix(r" \\").split(" & ") for line in body.splitlines() if line.endswith(r"\\")][1:]
+        assert len(lines) <= 40
+        assert all(re.fullmatch(r"method \d+", line[0]) for line in lines)
+        widest = max(sum(len(field.replace(r"$\pm$", "±")) for field in line) + 2 * len(line) for line in lines)
+        assert widest < 140, "more than a page's width takes at a size that can be read"
+    for row in table.rows:
+        for entry in row.entries[3:]:
+            assert entry.text in latex
+    assert r"Device: a processor with a long name (2 cores)." in latex, "what is constant stands in the caption"
+
+
+def test_latex_captions_have_four_lines_at_most(aggregation):
+    for table in [*aggregation.tables, wide_table()]:
+        for caption in re.findall(r"\\caption\{(.*)\}\n", render.to_latex(table)):
+            assert len(caption) < 400
+        told = render.to_latex(table)
+        assert all(escape in told for escape in table.notes[:1])

@@ -9,43 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from corematching import files
+from corematching.results.latex import latex_document, to_latex
 from corematching.results.tables import Column, Entry, Table
-
-LATEX_ESCAPES = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "—": "---",
-        "–": "--",
-        "≈": r"$\approx$",
-        "±": r"$\pm$",
-        "×": r"$\times$",
-        "≥": r"$\geq$",
-        "≤": r"$\leq$",
-        "·": r"$\cdot$",
-        "→": r"$\rightarrow$",
-        "≲": r"$\lesssim$",
-        "≳": r"$\gtrsim$",
-        "†": r"\dag{}",
-        "✓": r"$\checkmark$",
-        "ρ": r"$\rho$",
-        "β": r"$\beta$",
-        "µ": r"$\mu$",
-        "−": "--",
-        "\n": " ",
-    }
-)
-
 
 def to_csv(table: Table) -> str:
     """The texts; what marks say (in words), reasons of holes and the banner stand in a last column, ``notes``."""
@@ -92,39 +57,6 @@ def to_markdown(table: Table) -> str:
     lines += ["", *(f"{place}. {escape_markdown(reason)}" for place, reason in enumerate(holes, 1))] if holes else []
     lines += ["", *(f"- {escape_markdown(note)}" for note in table.notes)] if table.notes else []
     return "\n".join(lines) + "\n"
-
-
-def to_latex(table: Table) -> str:
-    """A ``table`` environment for booktabs, shrunk to the text width if it is wider; needs graphicx and amssymb."""
-    holes = table.holes()
-
-    def show(entry: Entry) -> str:
-        text = _wrap(escape_latex(entry.text), entry.mark, r"\textbf{{{}}}", r"\underline{{{}}}") + escape_latex(
-            entry.spread
-        )
-        doubt = rf"\rlap{{\,{escape_latex(entry.symbol)}}}" if entry.doubt else ""
-        return text + doubt + (rf"\rlap{{\textsuperscript{{{holes.index(entry.reason) + 1}}}}}" if entry.reason else "")
-
-    remarks = [*(f"({place}) {reason}." for place, reason in enumerate(holes, 1)), *table.notes]
-    caption = " ".join(filter(None, [table.banner, table.caption, *remarks]))
-    columns = "".join("r" if column.numeric else "l" for column in table.columns)
-    lines = [
-        r"\begin{table}[tbp]",
-        r"\centering",
-        rf"\caption{{{escape_latex(caption)}}}",
-        rf"\label{{tab:{table.name.replace('_', '-')}}}",
-        r"\small",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"\toprule",
-        " & ".join(escape_latex(column.title) for column in table.columns) + r" \\",
-        r"\midrule",
-    ]
-    for place, row in enumerate(table.rows):
-        if place and row.block != table.rows[place - 1].block:
-            lines.append(r"\midrule")
-        lines.append(" & ".join(show(entry) for entry in row.entries) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
 
 
 def to_html(table: Table, links: Mapping[str, str] | None = None) -> str:
@@ -180,27 +112,6 @@ def write(tables: Iterable[Table], folder: Path) -> list[Path]:
         for suffix, render in FORMATS.items()
     ]
     return [*written, files.write(folder / "tables.tex", latex_document(tables))]
-
-
-def latex_document(tables: Iterable[Table]) -> str:
-    """A complete document that inputs the table files beside it."""
-    inputs = [rf"\input{{{table.name}.tex}}" for table in tables]
-    packages = [
-        r"\usepackage[T1]{fontenc}",
-        r"\usepackage{booktabs}",
-        r"\usepackage{graphicx}",
-        r"\usepackage{amssymb}",
-    ]
-    geometry = r"\usepackage[margin=2cm]{geometry}"
-    return (
-        "\n".join([r"\documentclass{article}", *packages, geometry, r"\begin{document}", *inputs, r"\end{document}"])
-        + "\n"
-    )
-
-
-def escape_latex(text: str) -> str:
-    """Text that LaTeX shows as it is; a character without a known command is shown as a question mark."""
-    return "".join(char if ord(char) < 0x250 or char in "$\\" else "?" for char in text.translate(LATEX_ESCAPES))
 
 
 def escape_markdown(text: str, trim: bool = True) -> str:
