@@ -14,6 +14,7 @@ How a run flows, and where to read on:
     evaluation/lmms_model.py    -> lmms-eval asks, our model answers under a method, a trace records what really ran
     results/store.py            -> results/<experiment>/cells/<id>/, written atomically
     results/table.py            -> the table on the terminal and in results/<experiment>/table.{md,csv}
+    results/columns.py          what every table calls its columns, in which unit
 
 Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 interrupted (run again to resume).
 """

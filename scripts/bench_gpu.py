@@ -82,7 +82,8 @@ class Session:
         self.by_name: dict[tuple[str, Any, str], Any] = {}
 
     def add(self, name: str, keep: Any, bench: dict[str, Any]) -> None:
-        self.records.append({"labels": {"method": name, "keep": keep}, "bench": bench})
+        config = {"method": {"name": name}}
+        self.records.append({"labels": {"method": name, "keep": keep}, "config": config, "bench": bench})
 
     def save(self, **more: Any) -> None:
         """Write what is there so far, so that no crash or time limit loses it."""

@@ -404,7 +404,7 @@ def test_a_sweep_over_keep_is_no_ablation(tmp_path):
 def test_hardware_speed_up_is_against_dense_of_the_same_setting(tmp_path, aggregation):
     table = table_named(aggregation, "hardware")
     titles = [column.title for column in table.columns]
-    column = titles.index("X dense")
+    column = titles.index("Speed-up")
     assert [row.entries[column].text for row in table.rows] == ["1.00", "2.50"]
     assert titles[titles.index("Keep") + 1] == "Prefill ms"
     write_efficiency_cell(tmp_path / "e", "fastv", 64, end_to_end_ms=5.0)
@@ -417,7 +417,7 @@ def test_pairwise_speed_up_is_preferred(tmp_path):
     write_efficiency_cell(tmp_path / "e", "dense", None, end_to_end_ms=50.0)
     write_efficiency_cell(tmp_path / "e", "fastv", 64, end_to_end_ms=25.0, paired_speedup=2.1)
     table = table_named(aggregate([tmp_path / "e"]), "hardware")
-    column = [column.title for column in table.columns].index("X dense")
+    column = [column.title for column in table.columns].index("Speed-up")
     assert [row.entries[column].text for row in table.rows] == ["1.00", "2.10"]
 
 

@@ -12,7 +12,7 @@ from corematching.results.terminal import show
 from corematching.results.timing import dense_is_off, engines_note, noise_warning, prediction_note
 
 NOTES = (
-    "Medians ± half the distance between the quartiles; x dense: dense time over the method's, end to end, of pairs of"
+    "Medians ± half the distance between the quartiles; speed-up: dense time over the method's, end to end, of pairs of"
     " neighbouring runs.",
     "The dense row is dense timed against itself: what it is off 1 by is noise.",
     "% of GB/s, % of FLOP/s: of this machine's measured bandwidth and matrix product rate.",

@@ -73,7 +73,7 @@ TIMES = (
     Quantity("decode_ms_per_token", "decode ms/token", "decode", digits=2, better="lower"),
     Quantity("end_to_end_ms", "end to end ms", "all ms", better="lower"),
 )
-SPEEDUP = Quantity("paired_speedup", "x dense", "x dense", digits=2, better="higher")
+SPEEDUP = Quantity("paired_speedup", "speed-up", "speedup", digits=2, better="higher")
 EFFICIENCY = (
     *TIMES,
     SPEEDUP,

@@ -112,7 +112,7 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
     )
     caption = (
         "Medians over repeats, ± half the distance between the quartiles, at a forced output length; dense runs in"
-        " the same process. x dense is dense end-to-end time over the row's own (median over pairs); the dense row's is"
+        " the same process. Speed-up is dense end-to-end time over the row's own (median over pairs); the dense row's is"
         " dense against itself, and what it is off 1 by is noise. Peak memory on a CPU is the whole process's, which"
         " ranks nothing. Rows marked predicted come from the roofline model, not from a measurement. Bold: best,"
         " underlined: second best of a setting."

@@ -65,7 +65,8 @@ def to_latex(table: Table) -> str:
     constants = _constant(table) if _points(table, places, stacked) > _WIDTH else []
     places = [place for place in places if place not in constants]
     parts = [(columns, rows) for rows in _pages(table.rows) for columns in _parts(table, places, stacked)]
-    facts = [f"{table.columns[place].title}: {table.rows[0].entries[place].text}." for place in constants]
+    facts = [f"{table.title}.", *(f"{table.columns[place].title}: {table.rows[0].entries[place].text}." for place in constants)]
+    facts = facts if constants else []
     caption, below = _told(table, facts)
     label = f"tab:{table.name.replace('_', '-')}"
     return "\n".join(
@@ -92,6 +93,7 @@ def _part(
     lines = [
         r"\begin{table}[tbp]",
         r"\centering",
+        *([r"\addtocounter{table}{-1}"] if number > 1 else []),
         rf"\caption{{{escape_latex(title + (f' Part {number} of {count}.' if count > 1 else ''))}}}",
         rf"\label{{{label}{'' if number == 1 else f'-{number}'}}}",
         r"\small",
