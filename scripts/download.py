@@ -55,7 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--benchmarks", nargs="+", default=[], metavar="NAME", help=f"all (the paper's ten), or: {names}"
     )
     models = ", ".join(hub.model_names())
-    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=f"any of: {models}")
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME", help=f"any of: {models}; or owner/name")
     parser.add_argument("--revision", help="branch, tag or commit of the datasets (default: main)")
     parser.add_argument("--verify", action="store_true", help="also check the sums of files that are already there")
     parser.add_argument("--dry-run", action="store_true", help="say what would be fetched, and stop")

@@ -13,6 +13,7 @@ import sys
 
 from corematching.benchmarks.spec import BENCHMARKS, available_benchmarks
 from corematching.results.dashboard import workspace
+from corematching.texts import neutral
 
 
 def main() -> int:
@@ -26,12 +27,26 @@ def main() -> int:
     if not arguments.print and not arguments.entity:
         print("error: --entity is needed to save the workspace (or use --print)", file=sys.stderr)
         return 2
+    if not arguments.print and not _has_key():
+        print("error: wandb has no key: run `wandb login` or set WANDB_API_KEY (or use --print)", file=sys.stderr)
+        return 2
     built = workspace(arguments.entity or "entity", arguments.project, arguments.benchmarks)
     if arguments.print:
         print(json.dumps(built._to_model().model_dump(mode="json", by_alias=True), indent=1, sort_keys=True))
     else:
-        print(built.save().url)
+        try:
+            print(built.save().url)
+        except Exception as error:  # whatever wandb has to say: no network, no such entity, no permission
+            print(f"error: wandb did not take the workspace: {neutral(str(error))[:300]}", file=sys.stderr)
+            return 2
     return 0
+
+
+def _has_key() -> bool:
+    """Whether wandb can log in without asking."""
+    import wandb
+
+    return bool(wandb.api.api_key)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from corematching.errors import UserError
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
 _TIMEOUT = 30.0  # seconds without a byte
+_HUB_ID = r"[\w.-]+/[\w.-]+"
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 #: Called with the number of bytes that just arrived (negative when a damaged file is thrown away).
@@ -89,9 +90,17 @@ def model_names() -> list[str]:
 
 
 def model_repo(name: str) -> Repo:
-    """The repository of ``conf/model/<name>.yaml``; raises `UserError` naming the valid names."""
+    """The repository of ``conf/model/<name>.yaml``, or of a Hub id (owner/name) itself.
+
+    Raises
+    ------
+    UserError
+        For anything else; names the valid names.
+    """
+    if re.fullmatch(_HUB_ID, name):
+        return Repo("model", name, _MODEL_FILES)
     if name not in model_names():
-        raise UserError(f"unknown model {name!r}; models on the Hub: {', '.join(model_names())}")
+        raise UserError(f"unknown model {name!r}; models on the Hub: {', '.join(model_names())}, or an id owner/name")
     settings = _read(CONF_DIR / "model" / f"{name}.yaml")
     return Repo("model", _hub_id(settings), _MODEL_FILES, settings.get("revision"))
 
@@ -102,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _hub_id(settings: dict[str, Any]) -> str:
     path = str(settings.get("path", ""))
-    return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+    return path if re.fullmatch(_HUB_ID, path) else ""
 
 
 def dataset_folder(benchmark: Benchmark, revision: str | None = None) -> Path:

@@ -41,6 +41,7 @@ from corematching.models.families import family_of
 from corematching.models.loading import load_config, model_path
 from corematching.results.manifest import Manifest
 from corematching.results.store import Store
+from corematching.texts import neutral
 
 VERSION = "3"
 """Of how rows are measured: rows of another version are not compared with these."""
@@ -71,7 +72,7 @@ def run(config: DictConfig) -> int:
     if pending:
         bench.prepare(pending)
     for row in pending:
-        name = f"{row.label}{'' if row.keep is None else f' keep={row.keep}'}"
+        name = f"{neutral(row.label)}{'' if row.keep is None else f' keep={row.keep}'}"
         with ExitStack() as claims:
             mine = all(claims.enter_context(bench.store.claim(cell.id)) for cell in bench.measured_cells(row))
             if not mine or bench.is_done(row):
@@ -205,7 +206,7 @@ class Bench:
                 self._write_predictions(row, resident, started)
         except Exception as error:  # whatever went wrong belongs to this method, and the others go on
             self.failed += 1
-            print(f"  {row.label} failed: {type(error).__name__}: {error}")
+            print(neutral(f"  {row.label} failed: {type(error).__name__}: {error}"))
             for cell in self.cells(row):
                 if (self.store.read(cell.id) or {}).get("status") != "done":
                     self._store(cell, started, {"status": "failed", "error": describe(error)})

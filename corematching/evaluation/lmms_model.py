@@ -6,8 +6,10 @@ Registered as ``corematching`` (see `corematching.evaluation.plugin`), so lmms-e
 """
 
 import inspect
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import Instance
@@ -74,6 +76,18 @@ class CoreMatchingLMM(lmms):
         model, processor = cm.load_model(pretrained, weights=weights, dtype=dtype, device=device, num_layers=num_layers)
         generator = Generator(model, processor, prompt, image, size, most)
         self._set_up(generator, chosen, f"{pretrained}, {weights}, {num_layers}")
+
+    @classmethod
+    def create_from_arg_string(cls, *arguments: Any, **more: Any) -> "CoreMatchingLMM":
+        """As lmms-eval's own; on its command line, what a user can fix is one line without a traceback."""
+        try:
+            return super().create_from_arg_string(*arguments, **more)
+        except UserError as error:
+            program = Path(sys.argv[0])
+            if "lmms" not in program.name and program.parent.name != "lmms_eval":
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
     @classmethod
     def wrap(cls, generator: Generator, method: Any, identity: str) -> "CoreMatchingLMM":

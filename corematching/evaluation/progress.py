@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from corematching.evaluation.cells import Cell
 from corematching.results.columns import capped_text
+from corematching.texts import neutral
 
 
 class Reporter(AbstractContextManager):
@@ -34,7 +35,7 @@ class Reporter(AbstractContextManager):
         self._done, self._current, self._began = 0.0, 0.0, time.monotonic()
         self._live: Progress | None = None
         if self.console.is_terminal and cells:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}"))
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[shown]}"))
             self._live = Progress(*columns, console=self.console, transient=True)
             self._all = self._live.add_task("whole run", total=self._whole, shown=f"0/{cells} cells")
             self._one = self._live.add_task("", total=None, visible=False, shown="")
@@ -51,13 +52,13 @@ class Reporter(AbstractContextManager):
 
     def say(self, text: str, style: str | None = None) -> None:
         """Print a line."""
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        self.console.print(neutral(text), style=style, markup=False, soft_wrap=True)
 
     def start(self, cell: Cell) -> None:
         """A cell begins."""
         self._current = self._weights.get(cell, self._usual)
         if self._live:
-            self._live.reset(self._one, description=str(cell), total=None, visible=True, shown="")
+            self._live.reset(self._one, description=neutral(str(cell)), total=None, visible=True, shown="")
 
     def advance(self, done: int, total: int) -> None:
         """So many of the cell's questions are answered."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from corematching.results.tables import Entry, Row, Table
+from corematching.texts import neutral
 
 LATEX_ESCAPES = str.maketrans(
     {
@@ -19,6 +20,9 @@ LATEX_ESCAPES = str.maketrans(
         "}": r"\}",
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
+        "[": "{[}",  # behind \\ it would begin an argument
+        "]": "{]}",
+        "*": "{*}",
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "—": "---",
@@ -215,4 +219,4 @@ def latex_document(tables: Iterable[Table]) -> str:
 
 def escape_latex(text: str) -> str:
     """Text that LaTeX shows as it is; a character without a known command is shown as a question mark."""
-    return "".join(char if ord(char) < 0x250 or char in "$\\" else "?" for char in text.translate(LATEX_ESCAPES))
+    return "".join(char if ord(char) < 0x250 or char in "$\\" else "?" for char in neutral(text).translate(LATEX_ESCAPES))

@@ -11,12 +11,13 @@ from pathlib import Path
 from corematching import files
 from corematching.results.latex import latex_document, to_latex
 from corematching.results.tables import Column, Entry, Table
+from corematching.texts import neutral
 
 def to_csv(table: Table) -> str:
     """The texts; what marks say (in words), reasons of holes and the banner stand in a last column, ``notes``."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*(column.title for column in table.columns), "notes"])
+    writer.writerow([*(neutral(column.title) for column in table.columns), "notes"])
     for row in table.rows:
         reasons = [
             f"{column.title}: {remark}"
@@ -26,8 +27,8 @@ def to_csv(table: Table) -> str:
         ]
         writer.writerow(
             [
-                *(entry.text + entry.spread for entry in row.entries),
-                "; ".join([*reasons, *filter(None, [table.banner])]),
+                *(neutral(entry.text + entry.spread) for entry in row.entries),
+                neutral("; ".join([*reasons, *filter(None, [table.banner])])),
             ]
         )
     return out.getvalue()
@@ -67,30 +68,30 @@ def to_html(table: Table, links: Mapping[str, str] | None = None) -> str:
     holes, links = table.holes(), links or {}
 
     def show(entry: Entry, column: Column) -> str:
-        text = _wrap(html.escape(entry.text), entry.mark, "<strong>{}</strong>", "<u>{}</u>")
+        text = _wrap(escape_html(entry.text), entry.mark, "<strong>{}</strong>", "<u>{}</u>")
         if entry.cell in links:
-            text = f'<a href="{html.escape(links[entry.cell])}">{text}</a>'
-        text += html.escape(entry.spread)
+            text = f'<a href="{escape_html(links[entry.cell])}">{text}</a>'
+        text += escape_html(entry.spread)
         doubt = f' <span class="doubt" title="{entry.meaning}">{entry.symbol}</span>' if entry.doubt else ""
         note = f"<sup>{holes.index(entry.reason) + 1}</sup>" if entry.reason else ""
         value = "" if entry.value is None else f' data-value="{entry.value!r}"'
-        hint = f' title="{html.escape(entry.detail or entry.reason)}"' if entry.detail or entry.reason else ""
+        hint = f' title="{escape_html(entry.detail or entry.reason)}"' if entry.detail or entry.reason else ""
         kind = ' class="number"' if column.numeric else ""
         return f"<td{kind}{value}{hint}>{text}{doubt}{note}</td>"
 
-    lines = [f'<section class="table" id="table-{html.escape(table.name)}">', f"<h3>{html.escape(table.title)}</h3>"]
+    lines = [f'<section class="table" id="table-{escape_html(table.name)}">', f"<h3>{escape_html(table.title)}</h3>"]
     if table.banner:
-        lines.append(f'<p class="banner">{html.escape(table.banner)}</p>')
-    titles = [f'<th class="{"number" if c.numeric else "word"}">{html.escape(c.title)}</th>' for c in table.columns]
+        lines.append(f'<p class="banner">{escape_html(table.banner)}</p>')
+    titles = [f'<th class="{"number" if c.numeric else "word"}">{escape_html(c.title)}</th>' for c in table.columns]
     lines += ["<table>", f"<thead><tr>{''.join(titles)}</tr></thead>", "<tbody>"]
     for row in table.rows:
         fields = "".join(show(entry, column) for entry, column in zip(row.entries, table.columns, strict=True))
-        lines.append(f'<tr data-block="{html.escape(row.block or "")}">{fields}</tr>')
-    lines += ["</tbody>", "</table>", f'<p class="caption">{html.escape(table.caption)}</p>']
+        lines.append(f'<tr data-block="{escape_html(row.block or "")}">{fields}</tr>')
+    lines += ["</tbody>", "</table>", f'<p class="caption">{escape_html(table.caption)}</p>']
     if holes:
-        lines += ['<ol class="holes">', *(f"<li>{html.escape(reason)}</li>" for reason in holes), "</ol>"]
+        lines += ['<ol class="holes">', *(f"<li>{escape_html(reason)}</li>" for reason in holes), "</ol>"]
     if table.notes:
-        lines += ['<ul class="notes">', *(f"<li>{html.escape(note)}</li>" for note in table.notes), "</ul>"]
+        lines += ['<ul class="notes">', *(f"<li>{escape_html(note)}</li>" for note in table.notes), "</ul>"]
     return "\n".join([*lines, "</section>"]) + "\n"
 
 
@@ -114,8 +115,14 @@ def write(tables: Iterable[Table], folder: Path) -> list[Path]:
     return [*written, files.write(folder / "tables.tex", latex_document(tables))]
 
 
+def escape_html(text: str) -> str:
+    """Text that a browser shows as it is."""
+    return html.escape(neutral(text))
+
+
 def escape_markdown(text: str, trim: bool = True) -> str:
     """Text that Markdown shows as it is, in one line, inside a table field or not; ``trim`` drops outer spaces."""
+    text = neutral(text)
     for char in "\\`*_[]|":
         text = text.replace(char, "\\" + char)
     text = html.escape(text, quote=False)

@@ -7,7 +7,6 @@ loading anything from anywhere. Same stores, same bytes.
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
 import os
@@ -25,9 +24,10 @@ from corematching.results.accuracy import contexts, methods_of
 from corematching.results.aggregate import Aggregation
 from corematching.results.efficiency_figures import efficiency_figures
 from corematching.results.figures import all_figures, pareto_points, png, styles
-from corematching.results.render import to_html
+from corematching.results.render import escape_html, to_html
 from corematching.results.tables import FLOPS_UNITS, MINI_BANNER, budget, unit_scale
 from corematching.results.titles import benchmark_order, title
+from corematching.texts import neutral
 
 TEMPLATES = Path(__file__).parent / "templates"
 QUESTIONS_SHOWN = 20
@@ -51,7 +51,11 @@ def write_report(aggregation: Aggregation, out: Path, overlay_folder: Path | Non
         ``out``.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: neutral(value) if type(value) is str else value,
     )
     page = environment.get_template("report.html.j2").render(_content(aggregation, out.parent, overlay_folder))
     return files.write(out, page)
@@ -144,10 +148,10 @@ def _pareto(cells: pd.DataFrame, efficiency: pd.DataFrame) -> dict[str, Any] | N
             values = {key: round(value, 6) if math.isfinite(value) else None for key, value in values.items()}
             cost = "<br>".join(f"{value:.4g} {name}" for (key, name) in axes if (value := values[key]) is not None)
             # Plotly reads a little HTML in its texts: a label must not be taken for some.
-            heading = html.escape(f"{label}, keep {budget(point['keep'])}")
+            heading = escape_html(f"{label}, keep {budget(point['keep'])}")
             hover = f"<b>{heading}</b><br>{point['share']:.1f} % of dense<br>{cost}"
             rows.append({**values, "share": round(point["share"], 4), "hover": hover})
-        series.append({"name": html.escape(label), "color": look[label]["color"], "points": rows})
+        series.append({"name": escape_html(label), "color": look[label]["color"], "points": rows})
     used = [axis for axis in axes if any(point[axis[0]] is not None for one in series for point in one["points"])]
     return {"axes": used, "series": series} if used else None
 

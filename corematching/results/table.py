@@ -6,6 +6,7 @@ columns from `corematching.results.columns` and the order of lines from `coremat
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from corematching.results.columns import ANSWER, CAPPED, COSTS, FLOPS, SHARE, TO
 from corematching.results.completeness import partial_record
 from corematching.results.order import line_order
 from corematching.results.tables import PARTIAL
+from corematching.texts import neutral
 
 HOLE = "—"
 Records = Sequence[Mapping[str, Any]]
@@ -64,6 +66,15 @@ class RunTable:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        harmless = {
+            "rows": tuple(tuple(map(neutral, row)) for row in self.rows),
+            "notes": tuple(map(neutral, self.notes)),
+            "warnings": tuple(map(neutral, self.warnings)),
+        }
+        for name, texts in harmless.items():
+            object.__setattr__(self, name, texts)
 
     @property
     def header(self) -> tuple[str, ...]:
@@ -282,4 +293,9 @@ def _holes(records: Sequence[Mapping[str, Any] | None]) -> list[str]:
 
 
 def _pipe(texts: Any) -> str:
-    return "| " + " | ".join(str(text).replace("|", "\\|") for text in texts) + " |"
+    return "| " + " | ".join(map(_escaped, texts)) + " |"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is; underscores inside of words mean nothing to it."""
+    return re.sub(r"[\\`*\[\]|<>]", lambda found: f"\\{found[0]}", text)
