@@ -35,9 +35,15 @@ def record_cell(folder, cell, seconds, tokens=2.0):
         "config": cell.config,
         "labels": cell.label,
         "n": 20,
-        "trace": {"flops": {"total": 1.2e10}, "generated_tokens": tokens},
+        "score": {"metric": "accuracy", "value": 50.0, "scale": 100.0, "note": ""},
+        "trace": {
+            "visual_tokens_per_layer": 576.0,
+            "kv_bytes": 1e6,
+            "flops": {"prefill": 1e10, "total": 1.2e10},
+            "generated_tokens": tokens,
+        },
         "timing": {"seconds": seconds},
-        "provenance": {"hardware": provenance.hardware()},
+        "provenance": {"hardware": provenance.hardware(), "versions": {}, "started": "2026-01-01T00:00:00+00:00"},
     }
     Store(folder).write(made, pd.DataFrame({"doc_id": range(20), "score": [1.0] * 20}))
 

@@ -105,6 +105,9 @@ class Trace(_Part):
     tokens_entering_llm: Number | None = None
     dense_kv_bytes: Number | None = None
     generated_tokens: Number | None = None
+    ended_answers: Count | None = None
+    capped_answers: Count | None = None
+    cap: Count | None = None
     visual_tokens_by_layer: list[Number] = []
     neurons_by_layer: list[Number | None] = []
 
