@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from conftest import IMAGE_TOKENS, left_pad, make_prompt
 
 import corematching as cm
+from corematching.methods.base import BeforeLayer, Method
+from corematching.methods.core import voting
+from corematching.methods.per_image import PerImage
 
 METHODS = {
     "fastv": {"layer": 2, "keep": 11},
@@ -96,3 +101,22 @@ def test_parameters_and_refusals(random_llava):
     few = cm.build_method("fastv", layer=2, keep=2, per_image=True)
     with few(random_llava), pytest.raises(cm.UserError, match="keep=2 cannot be shared by 3 images"):
         random_llava(**make_prompt(4, images=3))
+
+
+@torch.no_grad()
+def test_another_images_tokens_do_not_vote_as_text(random_llava):
+    """Asked about one image at a time, "text" is still the prompt's text."""
+    seen = []
+
+    @dataclass(frozen=True)
+    class Note(Method):
+        def stages(self, geometry):
+            return [BeforeLayer(1, self.note)]
+
+        def note(self, view):
+            seen.append(voting(view.valid, view.visual_mask, "text").sum(1).tolist())
+
+    prompt = make_prompt(2, text=9, images=2)
+    with PerImage(Note())(random_llava):
+        random_llava(**prompt)
+    assert seen == [[1 + 4 + 4 + 9]] * 2

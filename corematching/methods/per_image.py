@@ -124,7 +124,10 @@ def _on_scores(select: Callable, scores: Tensor) -> Callable[[_OneImage], Any]:
 
 
 class _OneImage:
-    """A :class:`~corematching.methods.views.LayerView` in which one image of each sample is all that can be seen."""
+    """A :class:`~corematching.methods.views.LayerView` of which one image of each sample can be chosen from.
+
+    ``visual_mask`` stays that of all images: what is no text does not become it.
+    """
 
     def __init__(self, view: LayerView, mask: Tensor, image_tokens: int) -> None:
         self._view = view
@@ -134,8 +137,6 @@ class _OneImage:
         self.visual = view.visual.gather(1, self.index)
         self.visual_valid = mask.gather(1, self.index)
         self.origin = view.origin.gather(1, self.index)
-        rows = torch.zeros_like(view.valid, dtype=torch.int8)
-        self.visual_mask = rows.scatter_add(1, self.visual, self.visual_valid.to(torch.int8)) > 0
         self.prompt = _OfOneImage(view.prompt, [image_tokens if count else 0 for count in self.visual_counts])
 
     def __getattr__(self, name: str) -> Any:
