@@ -109,4 +109,4 @@ def test_any_text_is_wrapped_to_its_width_and_kept_whole():
 
 
 def test_what_no_font_can_draw_is_replaced():
-    assert shown("a\tb\nc\x00 \U0001f680") == "a b c \N{REPLACEMENT CHARACTER}"
+    assert shown("a\tb\nc\x00 \U0001f680") == "a b c\\x00 \N{REPLACEMENT CHARACTER}"

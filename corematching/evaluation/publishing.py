@@ -51,6 +51,11 @@ def publish_run(
             # Loading it once more takes a second; for real models there is scripts/report.py --overlays N.
             record_experiment(cells, folder / FOLDER, images=3)
 
+    def thumbnails() -> None:
+        from corematching.inspection.thumbnails import record_thumbnails
+
+        record_thumbnails(aggregated(), folder / FOLDER)
+
     def report() -> None:
         from corematching.results.publish import write
 
@@ -68,7 +73,12 @@ def publish_run(
 
         return aggregate([folder])
 
-    for what, action in (("overlays", overlays), ("report", report), ("tracked tables", tracked)):
+    for what, action in (
+        ("overlays", overlays),
+        ("thumbnails", thumbnails),
+        ("report", report),
+        ("tracked tables", tracked),
+    ):
         try:
             action()
         except ImportError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from corematching.results.tables import Entry, Row, Table
+from corematching.results.tables import Entry, Row, Table, constant_columns
 from corematching.texts import neutral
 
 LATEX_ESCAPES = str.maketrans(
@@ -53,7 +53,6 @@ _ROWS = 40
 """Rows that fit a page beside caption and notes."""
 _CAPTION = 330
 """Characters of four lines; what else is to be said goes below the table."""
-_NAMING = ("method", "label", "benchmark")
 """Columns that stay even if all their rows say the same."""
 
 
@@ -66,7 +65,7 @@ def to_latex(table: Table) -> str:
     """
     places = list(range(len(table.columns)))
     stacked = _points(table, places, False) > _WIDTH
-    constants = _constant(table) if _points(table, places, stacked) > _WIDTH else []
+    constants = constant_columns(table) if _points(table, places, stacked) > _WIDTH else []
     places = [place for place in places if place not in constants]
     parts = [(columns, rows) for rows in _pages(table.rows) for columns in _parts(table, places, stacked)]
     facts = [f"{table.title}.", *(f"{table.columns[place].title}: {table.rows[0].entries[place].text}." for place in constants)]
@@ -150,18 +149,6 @@ def _widths(table: Table, places: Sequence[int], stacked: bool) -> list[float]:
 
 def _points(table: Table, places: Sequence[int], stacked: bool) -> float:
     return sum(_widths(table, places, stacked))
-
-
-def _constant(table: Table) -> list[int]:
-    """Columns of words that say the same in every row."""
-    return [
-        place
-        for place, column in enumerate(table.columns)
-        if column.key not in _NAMING
-        and len(table.rows) > 1
-        and len({row.entries[place].text for row in table.rows}) == 1
-        and all(row.entries[place].value is None and not row.entries[place].reason for row in table.rows)
-    ]
 
 
 def _parts(table: Table, places: list[int], stacked: bool) -> list[list[int]]:

@@ -15,6 +15,11 @@ FOLDER = "overlays"
 FILE = "overlays.json"
 
 
+def thumbnail_path(folder: Path, benchmark: str, doc_id: int) -> Path:
+    """Where the small picture of a question lies, if :mod:`corematching.inspection.thumbnails` has written it."""
+    return folder / "thumbnails" / f"{benchmark}-{doc_id}.jpg"
+
+
 def load(folder: Path) -> dict[str, Any] | None:
     """What was recorded, or ``None`` if there is nothing readable."""
     try:

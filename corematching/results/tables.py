@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from corematching.results.columns import Quantity
+from typing import Any
 
 HOLE = "—"
 #: Marks beside a number that is compared with dense's: what is printed, and what it says.
@@ -119,6 +120,36 @@ class Table:
     def holes(self) -> list[str]:
         """The reasons of the holes, each once, in the order met; a footnote number is a place here, from 1."""
         return list(dict.fromkeys(entry.reason for row in self.rows for entry in row.entries if entry.reason))
+
+
+#: Keys of columns that say what a row is.
+NAMING = ("method", "label", "benchmark")
+
+
+def constant_columns(table: Table) -> list[int]:
+    """Places of columns of words that say the same in every row, but for those that name the rows."""
+    return [
+        place
+        for place, column in enumerate(table.columns)
+        if column.key not in NAMING
+        and len(table.rows) > 1
+        and len({row.entries[place].text for row in table.rows}) == 1
+        and all(row.entries[place].value is None and not row.entries[place].reason for row in table.rows)
+    ]
+
+
+def without_constants(table: Table) -> Table:
+    """The table without its constant columns; what they say stands in the caption instead."""
+    constant = constant_columns(table)
+    if not constant:
+        return table
+
+    def kept(fields: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(field for place, field in enumerate(fields) if place not in constant)
+
+    said = ", ".join(f"{table.columns[place].title} {table.rows[0].entries[place].text}" for place in constant)
+    rows = tuple(replace(row, entries=kept(row.entries)) for row in table.rows)
+    return replace(table, columns=kept(table.columns), rows=rows, caption=f"{table.caption} In every row: {said}.")
 
 
 def word(text: object) -> Entry:

@@ -82,8 +82,8 @@ def _write(axes: Axes, share: np.ndarray, middles: np.ndarray, low: float, high:
         dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
         arrow = ("▼" if value < low else "▲" if value > high else "") if known else ""
         text = f"{value:.0f}{arrow}" if known else "—"
-        style = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if dark else "black"}
-        axes.text(column + 0.5, middles[row], text, **style)
+        style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7, "color": "white" if dark else "black"}
+        axes.text(column + 0.5, float(middles[row]), text, **style)
 
 
 def _block_ends(keeps: pd.Series) -> list[int]:

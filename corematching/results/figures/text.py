@@ -12,6 +12,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.textpath import text_to_path
 
 from corematching.results.tables import budget
+from corematching.texts import neutral
 
 #: The first is bundled with matplotlib; the others are used where the machine has them, for scripts it lacks.
 WANTED = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans", "Noto Sans Symbols2")
@@ -27,8 +28,8 @@ def families() -> list[str]:
 
 def shown(text: object) -> str:
     """A text in one line, with a replacement character for what no font here can draw."""
-    line = " ".join(str(text).split())
-    return "".join(char if _drawable(char) else "\N{REPLACEMENT CHARACTER}" for char in line if _printable(char))
+    line = " ".join(neutral(str(text)).split())
+    return "".join(char if _drawable(char) else "\N{REPLACEMENT CHARACTER}" for char in line)
 
 
 def name_of(label: str, keep: object = None) -> str:
@@ -70,10 +71,6 @@ def width(line: str, size: float) -> float:
     properties = FontProperties(family=families(), size=size)
     # A little more than measured: hinting makes drawn letters wider than their outlines.
     return 1.04 * text_to_path.get_text_width_height_descent(line, properties, ismath=False)[0] / 72
-
-
-def _printable(char: str) -> bool:
-    return unicodedata.category(char) not in ("Cc", "Cs", "Co", "Cn")
 
 
 @cache

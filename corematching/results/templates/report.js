@@ -70,10 +70,19 @@ function drawPareto(place, data) {
       type: "scatter", mode: "lines+markers", name: series.name,
       x: series.points.map((point) => point[key]), y: series.points.map((point) => point.share),
       text: series.points.map((point) => point.hover), hovertemplate: "%{text}<extra></extra>",
-      line: { color: series.color, width: 1.5 }, marker: { color: series.color, size: 9 },
+      error_y: { type: "data", array: series.points.map((point) => point.half), thickness: 1, width: 0, color: series.color },
+      line: { color: series.color, width: 1.2 },
+      // Hollow, so that no method hides another.
+      marker: { color: series.color, symbol: series.symbol + "-open", size: 9, line: { width: 1.6 } },
     }));
+    const lines = data.series.reduce((sum, series) => sum + series.name.split("<br>").length, 0);
+    const narrow = place.clientWidth < 760;
+    const legend = narrow ? { orientation: "h", y: -0.25, yanchor: "top", x: 0 } : { x: 1.01, y: 1 };
     const layout = {
-      height: 430, margin: { l: 60, r: 20, t: 14, b: 50 }, hovermode: "closest", font: { size: 13 },
+      // The toolbar stands in the margin above the plot; the legend has the height that its lines need.
+      height: narrow ? 430 + 24 * lines : Math.max(450, 110 + 19 * lines),
+      margin: { l: 60, r: 20, t: 46, b: 50 }, hovermode: "closest", font: { size: 13 },
+      legend: { ...legend, font: { size: 12 }, tracegroupgap: 0 },
       xaxis: { title: { text: label }, rangemode: "tozero", gridcolor: "#e6e6e6" },
       yaxis: { title: { text: "% of dense accuracy" }, gridcolor: "#e6e6e6" },
     };
