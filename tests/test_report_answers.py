@@ -81,8 +81,8 @@ def test_columns_that_say_one_thing_go_to_the_caption():
     )
     rows = tuple(Row((word("tiny"), word("fastv"), number(3, 0), number(1.0))) for _ in range(2))
     table = without_constants(Table("t", "T", "Caption.", columns, rows))
-    assert [column.key for column in table.columns] == ["method", "speed"]
-    assert [len(row.entries) for row in table.rows] == [2, 2]
-    assert table.caption == "Caption. In every row: Model tiny, Pairs 3."
+    assert [column.key for column in table.columns] == ["method", "pairs", "speed"]
+    assert [len(row.entries) for row in table.rows] == [3, 3]
+    assert table.caption == "Caption. In every row: Model tiny."
     single = Table("t", "T", "Caption.", columns, rows[:1])
     assert without_constants(single) is single

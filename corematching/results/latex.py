@@ -53,7 +53,6 @@ _ROWS = 40
 """Rows that fit a page beside caption and notes."""
 _CAPTION = 330
 """Characters of four lines; what else is to be said goes below the table."""
-"""Columns that stay even if all their rows say the same."""
 
 
 def to_latex(table: Table) -> str:
