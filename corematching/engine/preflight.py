@@ -30,7 +30,7 @@ def check_methods(methods: Iterable[Method], config: Any, path: str) -> None:
         Names the parameter and what would be valid.
     """
     geometry = family_of(config).geometry(config)
-    seen = set()
+    seen: set[tuple[Any, str | None]] = set()
     for method in methods:
         for stage in method.stages(geometry):
             if isinstance(stage, PredictNeurons):

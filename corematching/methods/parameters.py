@@ -36,7 +36,8 @@ def check_types(method: Any) -> None:
     UserError
         Names the parameter, the value and what is valid.
     """
-    for name, hint in _hints(type(method)).items():
+    kind: Any = type(method)
+    for name, hint in _hints(kind).items():
         value = getattr(method, name)
         if isinstance(value, list) and not _fits(value, hint):
             value = frozen(value)
@@ -51,7 +52,7 @@ def frozen(value: Any) -> Any:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     try:
         hints = get_type_hints(cls)
     except NameError:  # a class whose annotations name what only its author's scope knows
