@@ -55,6 +55,18 @@ def set_value(column: str, row: int, value):
     return change
 
 
+def broken_text(column: str, row: int):
+    """Bytes that are no UTF-8, as a damaged file has them in a column of texts."""
+
+    def change(table: pa.Table) -> pa.Table:
+        values = [text.encode() for text in table[column].to_pylist()]
+        values[row] = b"\xff\xfe"
+        texts = pa.array(values, pa.binary()).view(pa.string())
+        return table.set_column(table.column_names.index(column), table.schema.field(column), texts)
+
+    return change
+
+
 POPE = "POPE/Full/adversarial-00000-of-00001.parquet"
 MME = "MME/data/test-00000-of-00001.parquet"
 VQA = "VQAv2/data/validation-00000-of-00001.parquet"
@@ -67,6 +79,8 @@ VQA = "VQAv2/data/validation-00000-of-00001.parquet"
         ("pope", POPE, lambda t: t.slice(0, 0), "split adversarial: no rows"),
         ("pope", POPE, set_value("answer", 3, "maybe"), "row 3, column answer: 'maybe' is not one of yes, no"),
         ("pope", POPE, set_value("question", 5, None), "row 5, column question: no value"),
+        ("pope", POPE, broken_text("question", 4), "row 4, column question: the text is not UTF-8"),
+        ("vqav2", VQA, set_value("answers", 2, [None]), "row 2, column answers: one of its values is missing"),
         (
             "pope",
             POPE,

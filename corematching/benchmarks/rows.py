@@ -202,6 +202,12 @@ def _check_values(values: pa.ChunkedArray, name: str, column: Column, where: str
     if not column.nullable and values.null_count:
         row = pc.index(pc.is_null(values), True).as_py()
         raise UserError(f"{where}, row {row}, column {name}: no value")
+    if column.type == "text":
+        _check_text(values, name, where)
+    if column.type in ("texts", "records") and pc.list_flatten(values).null_count:
+        for row, items in enumerate(values.to_pylist()):
+            if items is not None and any(item is None for item in items):
+                raise UserError(f"{where}, row {row}, column {name}: one of its values is missing")
     if column.values:
         allowed = pc.is_in(values, value_set=pa.array(column.values))
         row = pc.index(pc.or_(allowed, pc.is_null(values)), False).as_py()
@@ -209,6 +215,18 @@ def _check_values(values: pa.ChunkedArray, name: str, column: Column, where: str
             raise UserError(
                 f"{where}, row {row}, column {name}: {values[row].as_py()!r} is not one of {', '.join(column.values)}"
             )
+
+
+def _check_text(values: pa.ChunkedArray, name: str, where: str) -> None:
+    """Refuse bytes that are no UTF-8."""
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, value in enumerate(values.cast(pa.large_binary()).to_pylist()):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}, row {row}, column {name}: the text is not UTF-8") from error
 
 
 def select_rows(benchmark: Benchmark, table: pa.Table, limit: int | None, where: str) -> list[int]:

@@ -46,6 +46,14 @@ class BenchmarkTask(lmms.ConfigurableTask):
         self.dataset = {self.config.test_split: self._rows}
         self.dataset_no_image = {self.config.test_split: self._rows.remove_columns(media)}
 
+    def doc_to_text(self, doc: dict[str, Any], *arguments: Any) -> Any:
+        """The prompt of one row, made by the stock code; a failure names the row."""
+        try:
+            return super().doc_to_text(doc, *arguments)
+        except Exception as error:
+            where = f"{self._rows.where}, row {doc.get(ROW)}"
+            raise UserError(f"{where}: no prompt can be made ({type(error).__name__}: {error})") from error
+
     def process_results(self, doc: dict[str, Any], results: list, full_docs: Any = None) -> dict[str, Any]:
         """Score one answer with the stock code, once; a failure names the row."""
         try:
