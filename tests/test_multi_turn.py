@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, IMAGE_TOKENS, left_pad, make_prompt
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import corematching as cm
@@ -244,6 +245,67 @@ def test_beams_converse_too(name, random_llava):
         alone = random_llava.generate(input_ids=ids, past_key_values=cache, max_new_tokens=3, **OPTIONS)
         assert torch.equal(out.sequences, alone.sequences.expand(2, -1))
         assert len(trace.samples) == 1 + 2 + 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dense", "fastv", "pyramiddrop", "visionzip", "snapkv", "core_neurons"])
+def test_flops_of_every_turn_are_within_a_thousandth_of_torchs_count(name, random_llava):
+    prompt, image = make_prompt(3), make_prompt(9, text=6)
+    with build(name)(random_llava) as trace:
+        cache, first = first_turn(random_llava, prompt)
+        trace.drain()
+        ids = torch.cat([first, image["input_ids"][:, 1:]], 1)
+        with FlopCounterMode(display=False) as counter:
+            random_llava.generate(
+                input_ids=ids, pixel_values=image["pixel_values"], past_key_values=cache, max_new_tokens=4, **OPTIONS
+            )
+        turn, counted = cm.flops(random_llava.config, trace.drain()).total, counter.get_total_flops()
+        assert turn == pytest.approx(counted, rel=0.001)
+        for options in ({"prompt_lookup_num_tokens": 3}, {"use_cache": False}):
+            with FlopCounterMode(display=False) as counter:
+                random_llava.generate(**prompt, max_new_tokens=6, do_sample=False, eos_token_id=None, **options)
+            booked = cm.flops(random_llava.config, trace.drain()).total
+            assert booked == pytest.approx(counter.get_total_flops(), rel=0.001), options
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dense", "visionzip", "snapkv", "core_neurons"])
+def test_decoded_tokens_can_be_cropped_and_rows_reordered(name, random_llava, prompts):
+    batch = left_pad(prompts)
+    step = torch.tensor([[5], [6], [7]])
+    with build(name)(random_llava) as trace:
+        cache = random_llava(**batch, use_cache=True).past_key_values
+        seen = cache.get_seq_length()
+
+        def decode(ids, cache, order=(0, 1, 2)):
+            mask = torch.cat([batch["attention_mask"], torch.ones(3, cache.get_seq_length() + 1 - seen)], 1).long()
+            mask = mask[list(order)]
+            positions = mask.sum(1, keepdim=True) - 1
+            return random_llava(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+            ).logits[:, -1]
+
+        right = decode(step, cache)
+        decode(step, cache)
+        cache.crop(-2)
+        assert cache.get_seq_length() == seen
+        torch.testing.assert_close(decode(step, cache), right, atol=1e-5, rtol=1e-5)
+        cache.crop(-1)
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        moved = decode(step[[2, 0, 1]], cache, (2, 0, 1))
+        torch.testing.assert_close(moved, right[[2, 0, 1]], atol=1e-5, rtol=1e-5)
+        cache.crop(-1)
+        cache.batch_select_indices(torch.tensor([1]))
+        positions = batch["attention_mask"][:1].sum(1, keepdim=True)
+        alone = random_llava(
+            input_ids=step[:1], position_ids=positions, past_key_values=cache, attention_mask=None
+        ).logits[:, -1]
+        torch.testing.assert_close(alone, right[:1], atol=1e-5, rtol=1e-5)
+        sample = trace.samples[0]
+        assert (sample.decode_steps, sample.discarded_tokens, sample.generated_tokens) == (5, 4, 2)
+        if name in ("visionzip", "snapkv"):
+            with pytest.raises(cm.UserError, match="cannot crop 9 tokens from this KV cache: only the 1"):
+                cache.crop(-9)
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def predict(config: Any, sample: SampleTrace, hardware: Hardware, dtype: str, ou
     element = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
     sizes, rate = Sizes.of(config), hardware.rate(dtype)
     steps = max(output_tokens - 1, 1)
-    chosen = [None if sample.ffn_mode == "masked" else neurons for neurons in sample.neurons]
+    chosen = [None if sample.ffn_mode in ("masked", "whole") else neurons for neurons in sample.neurons]
     widths = [sizes.ffn_width if neurons is None else len(neurons) for neurons in chosen]
     sliced = all(neurons is not None for neurons in chosen) and not sample.predictor_weights
     ffn = sizes.neuron * sizes.ffn_width * element

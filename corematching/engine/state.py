@@ -189,7 +189,7 @@ class PromptState:
             discarded_tokens=self.discarded_tokens,
             prefills=self.prefills,
             past_tokens=self._earlier(row),
-            past_kv=[past.lengths[row] if past.lengths else 0 for past in self.past],
+            past_kv=[past.lengths[row] for past in self.past if past.lengths],
             overhead_flops=self.ledger.flops[row],
             predictor_weights=self.predictor_weights,
             zeroed_kv=self.zeroed_kv[row],

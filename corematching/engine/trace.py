@@ -61,7 +61,7 @@ class SampleTrace:
     past_tokens: int = 0
     """Tokens of earlier turns on the same KV cache, before any reduction."""
     past_kv: list[int] = field(default_factory=list)
-    """Per layer: KV rows of earlier turns."""
+    """Per layer: KV rows of earlier turns; empty in a first one."""
     overhead_flops: float = 0.0
     """Matrix products of the method's own scoring (2 per multiply-add)."""
     predictor_weights: float = 0.0
