@@ -33,7 +33,7 @@ from corematching.evaluation.attempt import begun
 from corematching.evaluation.banner import banner, small_note
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Row, forced_since, method_rows, model_identity, model_label
-from corematching.evaluation.publishing import publish_run
+from corematching.evaluation.publishing import outdated, publish_run
 from corematching.evaluation.records import describe, new_record
 from corematching.evaluation.settings import read_settings
 from corematching.methods.base import Method
@@ -245,7 +245,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------- table
     def conclude(self, changed: bool) -> int:
         """Publish what changed, then write and print the table of this experiment's rows."""
-        if changed and self.settings["report"]:
+        if self.settings["report"] and (changed or outdated(self.store)):
             publish_run(self.folder, print, lambda make: None)
         cells = [cell for row in self.rows for cell in self.cells(row)]
         records = [record for record in (self.store.read(cell.id) for cell in cells) if record is not None]

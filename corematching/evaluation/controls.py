@@ -26,7 +26,6 @@ def with_controls(entry: Mapping[str, Any], model: Mapping[str, Any], controls: 
         The model's configuration; its depth decides where some methods drop.
     controls
         One of :data:`CONTROLS`.
-
     """
     entries = [dict(entry)]
     name = entry["name"]
