@@ -103,7 +103,7 @@ def _basis(forecast: Forecast, experiment: Experiment) -> str:
     if not used:
         return f"roofline of {forecast.source}; nothing was measured here yet, so it will be longer"
     factors = [forecast.correction(benchmark.name) for benchmark in experiment.benchmarks]
-    span = f"{min(factors):.2g}" if len(set(factors)) == 1 else f"{min(factors):.2g} to {max(factors):.2g}"
+    span = f"{min(factors):.3g}" if len(set(factors)) == 1 else f"{min(factors):.3g} to {max(factors):.3g}"
     return f"roofline of {forecast.source} times {span}, from {len(used)} earlier cells on this machine"
 
 
