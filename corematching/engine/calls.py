@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from corematching.engine.cache import Before
+from corematching.engine.checks import unwrapped
 from corematching.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +61,21 @@ class Call:
         else:
             self.record.absorb(state)
         return self.record
+
+
+@contextmanager
+def decoding_after(model: Any, prompt: int) -> Iterator[None]:
+    """Within, of every forward pass without a KV cache's past, the tokens after the first ``prompt`` ones are decoded.
+
+    They run together, as candidates of speculative decoding do: through the FFNs that the method chose from the prompt.
+    The model must have a method installed.
+    """
+    session = unwrapped(model)._corematching
+    outer, session.call = session.call, Call(prompt)
+    try:
+        yield
+    finally:
+        session.call = outer
 
 
 def forward(session: Session, stock: Callable) -> Callable:

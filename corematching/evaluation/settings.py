@@ -36,7 +36,8 @@ from corematching.evaluation.fields import (
 )
 from corematching.registry import PER_IMAGE, method_defaults
 
-RUNNERS = ("accuracy", "efficiency")
+RUNNERS = ("accuracy", "efficiency", "text")
+_OWN_PARTS = {"efficiency": "+experiment=efficiency", "text": "+experiment=real_language_model"}
 Prompt = Annotated[str, OneOf("prompt", lambda: PROMPTS)]
 
 
@@ -113,6 +114,7 @@ class Model(Part):
     prompt: Prompt
     batch_size: Count
     comparable: Switch = True
+    text_only: Switch = False
     method_overrides: Annotated[dict[str, dict[str, Parameter]] | None, Worded("parameters by method")] = None
     architecture: Annotated[dict[str, Any] | None, Worded("the sizes of a model")] = None
 
@@ -230,6 +232,17 @@ class Efficiency(Part):
     after: Count
 
 
+class RunningText(Part):
+    """The text whose perplexity is measured, and how; see :mod:`corematching.perplexity`."""
+
+    package: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"), Worded("the name of a package")]
+    file: Text
+    title: Text
+    windows: Count
+    context: Count
+    tokens: Count
+
+
 class Generation(Part):
     """Settings of generation."""
 
@@ -249,6 +262,7 @@ class Settings(Part):
     tracking: Annotated[NoTracking | Wandb, Field(discriminator="name")]
     hardware: Hardware | None = None
     efficiency: Efficiency | None = None
+    text: RunningText | None = None
     methods: Annotated[list[Annotated[Entry, Named]], OneOrMany]
     keep: Annotated[list[Any], OneOrMany]
     match: Annotated[str, OneOf("match", lambda: ("keep", "average"))]
@@ -271,13 +285,15 @@ class Settings(Part):
     def _complete(self) -> Settings:
         if not self.methods:
             raise UserError(f"methods is empty; name one or more of {', '.join(groups.choices('method'))}")
-        timed = self.runner == "efficiency"
-        if not timed and not self.benchmarks:
+        if self.runner == "accuracy" and self.model.text_only:
+            raise UserError(f"model {self.model.name} is for text only: it runs with {_OWN_PARTS['text']}")
+        if self.runner == "accuracy" and not self.benchmarks:
             raise UserError(f"benchmarks is empty; name one or more of {', '.join(available_benchmarks())}")
-        for name in ("hardware", "efficiency"):
-            if (getattr(self, name) is not None) != timed:
-                wording = "is missing: runner=efficiency needs it" if timed else "is of use with runner=efficiency only"
-                raise UserError(f"{name} {wording} (see +experiment=efficiency)")
+        for name, runner in (("hardware", "efficiency"), ("efficiency", "efficiency"), ("text", "text")):
+            needed = self.runner == runner
+            if (getattr(self, name) is not None) != needed:
+                wording = "is missing: runner={} needs it" if needed else "is of use with runner={} only"
+                raise UserError(f"{name} {wording.format(runner)} (see {_OWN_PARTS[runner]})")
         return self
 
 

@@ -133,9 +133,9 @@ def record_experiment(cells: pd.DataFrame, folder: Path, images: int) -> Path:
 
 
 def uses_bundled_model(cells: pd.DataFrame) -> bool:
-    """Whether all finished cells are of a bundled model (and there are any)."""
-    done = cells.loc[cells["status"] == "done", "model_config"]
-    return len(done) > 0 and all(is_bundled(model) for model in done)
+    """Whether all finished cells are of a bundled model that was shown images (and there are any)."""
+    done = cells[cells["status"] == "done"]
+    return len(done) > 0 and bool((done["image_tokens"] > 0).all()) and all(map(is_bundled, done["model_config"]))
 
 
 def stored_examples(cell: pd.Series, count: int) -> list[Example]:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from corematching import registry
 from corematching.errors import UserError
+from corematching.models.assembled import Assembly, assemble
 from corematching.models.checkpoint import load_processor, load_weights, random_weights
 from corematching.models.families import family_of
 from corematching.registry import group_names
@@ -87,6 +88,8 @@ def load_model(
     resolved = _dtype(dtype, device, weights)
     if weights == "random":
         model: Any = random_weights(config, resolved, device, seed)
+    elif assembly := Assembly.of(path):
+        model = assemble(path, assembly, config, config.dtype if resolved == "auto" else resolved).to(device)
     else:
         model = load_weights(path, config, resolved, revision).to(device)
     return model.eval(), _processor(name, path, weights, revision)

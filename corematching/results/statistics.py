@@ -133,3 +133,18 @@ def holm(p: np.ndarray) -> np.ndarray:
     factors = np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(factors * p[order]))
     return adjusted
+
+
+def mean_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
+    """A mean and Student's interval for it; of paired differences, for the mean difference.
+
+    Returns
+    -------
+    mean, low, high
+        The limits are NaN for fewer than two values.
+    """
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return mean, float("nan"), float("nan")
+    half = special.stdtrit(count - 1, (1 + level) / 2) * float(np.std(values, ddof=1)) / count**0.5
+    return mean, mean - half, mean + half

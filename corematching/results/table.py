@@ -96,10 +96,10 @@ class RunTable:
         writer.writerows(tuple("" if text == HOLE else text for text in row) for row in self.rows)
         return buffer.getvalue()
 
-    def write(self, folder: Path) -> None:
-        """Write ``table.md`` and ``table.csv``."""
-        files.write(folder / "table.md", self.markdown())
-        files.write(folder / "table.csv", self.csv())
+    def write(self, folder: Path, name: str = "table") -> None:
+        """Write ``<name>.md`` and ``<name>.csv``."""
+        files.write(folder / f"{name}.md", self.markdown())
+        files.write(folder / f"{name}.csv", self.csv())
 
 
 def build_table(
