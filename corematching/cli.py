@@ -28,7 +28,7 @@ from corematching.texts import neutral
 RUNNERS = {
     "accuracy": "corematching.evaluation.runner.run_experiment",
     "efficiency": "corematching.efficiency.bench.run",
-    "text": "corematching.perplexity.bench.run",
+    "text": "corematching.perplexity.run",
 }
 """What runs an experiment, by the setting ``runner``; imported when it is needed."""
 DRY_RUN = "corematching.evaluation.dry_run.dry_run"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import transformers
 from omegaconf import DictConfig
 
 import corematching as cm
@@ -26,7 +27,6 @@ from corematching.evaluation.evaluator import build
 from corematching.evaluation.experiment import Experiment, forced_since, method_rows, model_identity, model_label
 from corematching.evaluation.progress import Reporter
 from corematching.evaluation.publishing import publish_run
-from corematching.evaluation.runner import prepare_libraries
 from corematching.evaluation.settings import read_settings
 from corematching.evaluation.trace_summary import summarise
 from corematching.models.assembled import tokenizer_of
@@ -51,7 +51,6 @@ def run(config: DictConfig) -> int:
     UserError
         For a wrong setting, a method that does not fit the model, or a model or text that is not installed.
     """
-    prepare_libraries()
     settings = read_settings(config)
     text = read_text(settings["text"])
     experiment = planned(settings, text)
@@ -138,6 +137,7 @@ class Reader:
     def loaded(self) -> tuple[Any, list[list[int]]]:
         """The model and the windows' token ids."""
         if self._loaded is None:
+            transformers.utils.logging.disable_progress_bar()
             chosen = self.settings["model"]
             ids = tokenizer_of(model_path(chosen["path"]))(self.text).input_ids
             windows = windows_of(ids, self.protocol)
