@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
         model, processor = load_model(options.model)
     except UserError as error:
         parser.error(str(error))
+    if processor is None:
+        parser.error(f"{options.model} comes without a processor, which calibration prompts with images need")
     output = options.output or Path(model_path(options.model)) / FILE_NAME
     if not output.parent.is_dir():
         parser.error(f"{options.model} is not a local folder: say where to write with --output")
