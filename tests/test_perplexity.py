@@ -171,6 +171,14 @@ def test_images_are_refused_in_one_line(capsys, tmp_path):
     assert "model smol is for text only: it runs with +experiment=real_language_model" in capsys.readouterr().err
 
 
+def test_a_dry_run_counts_cells_and_tokens(capsys, tmp_path):
+    assert main(["+experiment=real_language_model", "dry_run=true", "keep=[0.4]", f"results_dir={tmp_path}"]) == 0
+    told = capsys.readouterr().out
+    assert "7 cells on smol with William Shakespeare, Hamlet" in told
+    assert f"tokens: {7 * 24 * (128 + 64):,} to run" in told
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "setting", ["text.windows=0", "text.context=x", "text.package=a/b", "text.file=5", "text.foo=1", "text=null"]
 )

@@ -33,11 +33,11 @@ def dry_run(config: DictConfig) -> int:
         For a wrong setting.
     """
     settings = read_settings(config)
-    for line in banner(settings, answers=settings["runner"] != "efficiency"):
+    for line in banner(settings, answers=settings["runner"] == "accuracy"):
         print(line)
     print("dry run: nothing is computed or fetched")
-    lines = _efficiency_lines(settings) if settings["runner"] == "efficiency" else _accuracy_lines(config)
-    for line in lines:
+    own = {"efficiency": _efficiency_lines, "text": _text_lines}.get(settings["runner"])
+    for line in own(settings) if own else _accuracy_lines(config):
         print(line)
     return 0
 
@@ -67,6 +67,14 @@ def _accuracy_lines(config: DictConfig) -> Iterator[str]:
     space = len(pending) * _CELL_BYTES + asked * _QUESTION_BYTES + (_PAGE_BYTES if settings["report"] else 0)
     yield f"disk: about {_bytes(space)} of results; {_bytes(_free(experiment.folder))} free"
     yield f"to download: {'; '.join(_downloads(experiment)) or 'nothing'}"
+
+
+def _text_lines(settings: Mapping[str, Any]) -> Iterator[str]:
+    folder, cells, text = asks.folder_of(settings), len(method_rows(settings)), settings["text"]
+    yield f"{folder.name}: {cells} cells on {settings['model']['name']} with {text['title']} -> {folder}"
+    yield f"tokens: {cells * text['windows'] * (text['context'] + text['tokens']):,} to run, done cells included"
+    yield f"disk: {_bytes(_free(folder))} free"
+    yield "to download: nothing; model and text are installed by make smol"
 
 
 def _efficiency_lines(settings: Mapping[str, Any]) -> Iterator[str]:
