@@ -37,7 +37,8 @@ def main() -> int:
         if run.returncode:
             return run.returncode
     aggregation = aggregate([ROOT / "results" / experiment for experiment in EXPERIMENTS])
-    shutil.rmtree(OUT, ignore_errors=True)
+    for part in ("tables", "figures"):  # what other commands made stays
+        shutil.rmtree(OUT / part, ignore_errors=True)
     write_tables(aggregation, OUT / "tables")
     write_all_figures(aggregation, OUT / "figures")
     write_evidence(OUT / "figures")
