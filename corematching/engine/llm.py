@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from corematching.engine import turns
 from corematching.engine.cache import Conversation, Rows, trace_layers
 from corematching.engine.layout import Layout, Past, joined
+from corematching.engine.sharing import SharedRun
 from corematching.engine.state import PromptState
 from corematching.engine.views import AttentionSignals, FFNSignals, KVSignals, LayerSignals, Prompt
 from corematching.errors import UserError
@@ -92,15 +93,26 @@ def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cac
     context: tuple = ()
     known: tuple = ()
     hidden, layout = session.vision_tokens(state, prompt, hidden, layout, cached=cache is not None)
+    shared = SharedRun.start(session, state, layout, hidden) if cache is not None and past[0].rows == 0 else None
     captured = None
     if session.capturing and cache is not None and len(hidden) == 1 and past[0].rows == 0:
         alone = _causal_mask(decoder.config, hidden, own, 0, position_ids) is None
         captured = session.captured_prefill(length) if alone else None
     for run in captured.runs if captured else _one_by_one(decoder.config.num_hidden_layers):
+        if shared and session.before[run.start]:
+            hidden = shared.whole(shared.hidden)
+        entering = layout
         for stage in session.before[run.start]:
             hidden, layout = _reduce(session, stage, state, prompt, hidden, layout, previous, cache)
+        if shared and layout is not entering:
+            shared = shared.followed_by(layout, hidden)
         for _ in run:
             state.enter(layout)
+        if shared:
+            entered, hidden = shared.layer(run.start, session, cache, use_cache=use_cache, **kwargs)
+            previous = _signals(session, run.start, entered, layout, state, cache)
+            _after_layer(session, run.start, state, prompt, previous, cache, talk)
+            continue
         now = (id(layout), *map(id, (past[run.start].shift, state.kv_valid[run.start])), past[run.start].rows)
         if now != known:
             context, known = _context(decoder, hidden, layout, run.start, state, own, position_ids, cache), now

@@ -22,10 +22,11 @@ from corematching.engine.ffn import FFNBuilder, is_streamed, neuron_major
 from corematching.engine.guide import Guidance
 from corematching.engine.layout import Layout
 from corematching.engine.predictors import TokenwiseFFN, load_predictors
+from corematching.engine.sharing import Sharing, tower_of
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
 from corematching.engine.views import FFNSignals, Prompt
-from corematching.engine.vision import TowerRun, image_decision, per_sample, run_tower, stages_of
+from corematching.engine.vision import TowerRun, image_decision, images_by_row, per_sample, run_tower, stages_of
 from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Guide, Method, PredictNeurons, Replace
 from corematching.models.families import family_of
@@ -111,6 +112,10 @@ class Session:
         """Per layer: what its FFN's down projection was given in this prefill."""
         self.attended: dict[int, Tensor] = {}
         """Per layer: what its FFN was given in this prefill."""
+        self.noted: dict[str, set[int]] = {"activations": set(), "attended": set()}
+        """The layers whose signals of either name some stage asks for."""
+        self.sharing: Sharing | None = None
+        """How the rows of the prompts that come next begin alike, if they do."""
         self.input_ids: Tensor | None = None
         self.final: Layout | None = None
         """The last layer's sequence, if the latest forward pass ran a prompt that was shortened."""
@@ -139,10 +144,12 @@ class Session:
         wanted = {stage.layer - 1 for stages in self.before.values() for stage in stages if stage.activations}
         wanted |= {stage.layer for stages in self.after.values() for stage in stages if stage.activations}
         wanted |= set(self.choose)
+        self.noted["activations"] = wanted
         for index in sorted(wanted):
             down = self.decoder.layers[index].mlp.down_proj
             self._hook(down.register_forward_pre_hook(functools.partial(self._note_activations, index)))
-        for index in sorted({s.layer - 1 for stages in self.before.values() for s in stages if s.attended}):
+        self.noted["attended"] = {s.layer - 1 for stages in self.before.values() for s in stages if s.attended}
+        for index in sorted(self.noted["attended"]):
             norm = self.decoder.layers[index].post_attention_layernorm
             self._hook(norm.register_forward_hook(functools.partial(self._note_attended, index)))
         for index in sorted({*self.choose, *self.tokenwise}):
@@ -207,6 +214,18 @@ class Session:
         if self.active is None:
             self.attended[index] = output
 
+    def notes_at(self, index: int) -> set[str]:
+        """Which signals of a layer some stage asks for: "activations", "attended"."""
+        return {name for name, layers in self.noted.items() if index in layers}
+
+    def take_notes(self, index: int) -> dict[str, Tensor]:
+        """Hand out what hooks noted of a layer, and forget it."""
+        return {name: getattr(self, name).pop(index) for name in self.notes_at(index)}
+
+    def looks_at(self, index: int) -> bool:
+        """Whether some stage is asked once a layer has run, about it or at the input of the next."""
+        return bool(self.before[index + 1] or self.after[index] or self.choose[index])
+
     def _mlp_forward(self, index: int, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.active is None:
             return dense(x)
@@ -226,11 +245,13 @@ class Session:
 
         @functools.wraps(stock)
         def features(pixel_values: Tensor, **kwargs: Any) -> Any:
-            self.tower_run = run_tower(self.model, self.family, pixel_values, self.blocks)
+            run = functools.partial(run_tower, self.model, self.family, pixel_values, self.blocks)
+            self.tower_run = tower_of(self.sharing, run, merges=self.blocks is not None)
             rows, columns = self.tower_run.grid
             width = self.model.config.text_config.hidden_size
             blank = pixel_values.new_zeros(rows * columns, width, dtype=self.model.dtype)
-            return BaseModelOutputWithPooling(pooler_output=[blank] * pixel_values.shape[0])  # type: ignore[arg-type]
+            shown = len(self.sharing.shown) if self.sharing else pixel_values.shape[0]
+            return BaseModelOutputWithPooling(pooler_output=[blank] * shown)  # type: ignore[arg-type]
 
         return features
 
@@ -323,7 +344,11 @@ class Session:
         if run is None:
             raise UserError("vision-side methods need pixel_values to pass through the installed model")
         if run.prompt is None:
-            run.book(prompt, state.images, state.ledger)
+            shared = self.sharing
+            if shared and self.output is not None and self.output.question:
+                run, shared = run.of_images(shared.shown), None
+            images = shared.images if shared else images_by_row(state.images, len(run.origin))
+            run.book(prompt, images, state.ledger)
             run.replaced = self._replaced(run)
         total = run.states[0].shape[0]
         state.vision_tokens = [tokens // total for tokens in run.attention_tokens]

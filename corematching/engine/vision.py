@@ -54,7 +54,7 @@ class TowerRun:
     model_path: str = ""
     """Where the whole model came from: its tokenizer lies there."""
     prompt: Prompt | None = None
-    images: list[range] = field(default_factory=list)
+    images: Sequence[Sequence[int]] = field(default_factory=list)
     """The images of each batch row; rows of one prompt's beams share them."""
     replaced: tuple[Replace, Replace] | None = None
     """What became of the features, per image and per sample, once booked; None when nothing was reduced."""
@@ -123,10 +123,24 @@ class TowerRun:
         self.ledger.spend([clip.flops(len(text)) if own else 0.0 for text, own in pairs])
         return embeds, [of_rows[rows[image]] for image in range(len(embeds))]
 
-    def book(self, prompt: Prompt, images: list[int], ledger: Ledger) -> None:
-        """Attach to a prompt with so many images per row: from here on overhead counts as that prompt's."""
+    def of_images(self, images: Sequence[int]) -> TowerRun:
+        """This pass for a list of its images, which may name one several times, as if nothing had been asked of it."""
+        rows, own = torch.tensor(images, device=self.origin.device), len(self.origin)
+        return replace(
+            self,
+            states=[state[rows] for state in self.states],
+            origin=self.origin[rows],
+            attention_tokens=[tokens // own * len(images) for tokens in self.attention_tokens],
+            mlp_tokens=[tokens // own * len(images) for tokens in self.mlp_tokens],
+            ledger=Ledger(len(images)),
+            _keys={},
+            _projected=None,
+        )
+
+    def book(self, prompt: Prompt, images: Sequence[Sequence[int]], ledger: Ledger) -> None:
+        """Attach to a prompt whose rows have these images: from here on overhead counts as that prompt's."""
         self.prompt = prompt
-        self.images = images_by_row(images, self.features.shape[0])
+        self.images = images
         spent, self.ledger = self.ledger.flops, ledger
         self.spend(spent)
 
@@ -240,7 +254,7 @@ def images_by_row(images: list[int], total: int) -> list[range]:
     return rows
 
 
-def per_sample(decision: Replace, images: list[range], image_tokens: int) -> Replace:
+def per_sample(decision: Replace, images: Sequence[Sequence[int]], image_tokens: int) -> Replace:
     """Turn per-image tokens into per-sample ones; samples may hold several images, beams repeat their sample's.
 
     Parameters

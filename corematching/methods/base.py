@@ -151,6 +151,8 @@ class VisionOutput:
     renumber: bool = False
     projected: bool = False
     """A :class:`Replace` brings tokens of the LLM's width, made from ``view.projected``."""
+    question: bool = False
+    """The choice reads the prompt's text: prompts about one image need choices of their own."""
     text_model: str | None = None
     """CLIP model whose text side the view is asked for, so that it can be looked for before a run."""
 

@@ -57,7 +57,7 @@ class CDPruner(Method):
                 "text_model=None is not valid for cdpruner: give the CLIP model (path or hub id) whose vision tower "
                 "this model has, such as openai/clip-vit-large-patch14-336; models without one cannot run it"
             )
-        return [VisionOutput(self.select, renumber=True, text_model=self.text_model)]
+        return [VisionOutput(self.select, question=True, renumber=True, text_model=self.text_model)]
 
     def select(self, view: VisionView) -> Keep:
         assert self.text_model is not None
