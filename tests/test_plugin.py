@@ -14,7 +14,8 @@ from small_llava import save_small_llava
 
 import corematching as cm
 from corematching.answering.conversation import VICUNA_V1, pad_to_square, prepare_images, render, to_rgb
-from corematching.answering.generator import Generator, Question
+from corematching.answering.generator import Generator
+from corematching.answering.prompts import Question
 from corematching.benchmarks import BENCHMARKS, load_benchmark, load_source
 from corematching.evaluation.harness import evaluate
 
@@ -137,7 +138,7 @@ def test_an_exception_in_generation_comes_out(loaded, cache, monkeypatch):
     def out_of_memory(*_, **__):
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(loaded[0], "generate", out_of_memory)
+    monkeypatch.setattr(loaded[0].model.language_model.layers[0], "forward", out_of_memory)
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         predictions(ours(loaded), build("gqa"))
 
@@ -321,8 +322,8 @@ def test_special_tokens_in_a_question_are_text(loaded, prompt):
 
 def test_batches_that_do_not_fit_are_halved_and_that_is_remembered(loaded, monkeypatch):
     model, processor = loaded
-    picture = Image.new("RGB", (40, 30), "red")
-    questions = [Question(f"Question {'again ' * count}?", lambda: [picture]) for count in range(7)]
+    pictures = [Image.new("RGB", (40 + count, 30), "red") for count in range(7)]
+    questions = [Question(f"Question {'again ' * count}?", lambda own=own: [own]) for count, own in enumerate(pictures)]
     method = cm.build_method("fastv", keep=16, layer=2)
     right = Generator(model, processor, batch_size=1, max_new_tokens=3).answer(questions, method)
     generator, sizes = Generator(model, processor, batch_size=6, max_new_tokens=3), []

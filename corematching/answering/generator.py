@@ -4,39 +4,24 @@ Knows transformers and the methods, not lmms-eval; `corematching.evaluation.lmms
 """
 
 import gc
-from collections import defaultdict
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
-from corematching.answering.conversation import check_choices, prepare_images, render
+from corematching.answering.conversation import check_choices
+from corematching.answering.greedy import decode, is_plain
+from corematching.answering.prompts import Batch, Prompts, Question
+from corematching.engine.sharing import Sharing, can_share, common_layers, sharing_prompts
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
+from corematching.models.families import family_of
 
 # What a task may say about generation and we hand to `generate`; sampling settings only where it samples.
 _PASSED_ON = ("num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
 _SAMPLING = ("temperature", "top_p", "top_k")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request. `images` is called when the batch is built, so that only one batch of pictures is in memory."""
-
-    text: str
-    images: Callable[[], Sequence[Image.Image]]
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Generation settings of the task: max_new_tokens, until, do_sample, temperature, top_p, num_beams, ..."""
-    where: str = "a question"
-    """Which document of which task this is, for complaints."""
-
-    def __post_init__(self) -> None:
-        try:
-            self.text.encode()
-        except (UnicodeEncodeError, AttributeError) as error:
-            raise UserError(f"{self.where}: the text {self.text!r} is not valid Unicode") from error
 
 
 @dataclass(frozen=True)
@@ -50,6 +35,17 @@ class Answer:
     tokens: int
     trace: SampleTrace
     ended: bool = True
+
+
+@dataclass
+class Seconds:
+    """How long each of several methods took on the same questions."""
+
+    by_method: dict[int, float] = field(default_factory=dict)
+
+    def note(self, method: int, seconds: float) -> None:
+        """Add to a method's time."""
+        self.by_method[method] = self.by_method.get(method, 0.0) + seconds
 
 
 class Generator:
@@ -67,6 +63,8 @@ class Generator:
         Most questions per forward pass. A batch that does not fit into memory is run in halves, and so are later ones.
     max_new_tokens
         Limit for questions whose task states none (the official LLaVA-1.5 evaluation uses 128).
+    batch_tokens
+        Most prompt tokens per forward pass, padding included.
     """
 
     def __init__(
@@ -77,6 +75,7 @@ class Generator:
         image: str = "pad",
         batch_size: int = 1,
         max_new_tokens: int = 128,
+        batch_tokens: int = 2**15,
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is not valid: give a count >= 1")
@@ -84,6 +83,8 @@ class Generator:
         self.model, self.processor = model, processor
         self.prompt, self.image = prompt, image
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.batch_tokens = batch_tokens
+        self.family = family_of(model.config)
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
@@ -94,9 +95,10 @@ class Generator:
     ) -> list[Answer]:
         """Answer all questions under `method`, in the given order.
 
-        Questions run grouped by generation settings and sorted by length, longest first, so that batches pad little and
-        memory peaks at the start. Apart from lack of memory for a batch of several, an exception in generation is not
-        caught: no answer is better than an empty one.
+        Questions about one picture run together (what their prompts have in common is computed once), otherwise grouped
+        by generation settings and sorted by length, longest first, so that batches pad little and memory peaks at the
+        start. Apart from lack of memory for a batch of several, an exception in generation is not caught: no answer is
+        better than an empty one.
 
         Parameters
         ----------
@@ -112,57 +114,85 @@ class Generator:
         UserError
             If a prompt is longer than the model's context, or a single question does not fit into memory.
         """
-        answers: list[Answer | None] = [None] * len(questions)
-        with torch.inference_mode(), method(self.model) as trace:
-            for batch in self._batches(questions):
-                for group in self._by_image_count(questions, batch):
-                    for index, answer in self._answered(questions, group, trace):
-                        answers[index] = answer
-                on_done(len(batch))
-        return answers  # type: ignore[return-value]  # every index was in exactly one batch
+        (answers,) = self.answer_together(questions, [method], on_done)
+        if isinstance(answers, Exception):
+            raise answers
+        return answers
 
-    def _batches(self, questions: Sequence[Question]) -> Iterator[list[int]]:
-        """Indices of questions that share generation settings, longest text first, `batch_size` at a time."""
-        alike: dict[str, list[int]] = defaultdict(list)
-        for index, question in enumerate(questions):
-            alike[repr(sorted(question.settings.items()))].append(index)
-        lengths = [len(ids) for ids in self.processor.tokenizer([q.text for q in questions]).input_ids]
-        for group in alike.values():
-            group.sort(key=lambda index: (-lengths[index], index))
-            while group:
-                batch, group = group[: self.batch_size], group[self.batch_size :]
-                yield batch
+    def answer_together(
+        self,
+        questions: Sequence[Question],
+        methods: Sequence[Any],
+        on_done: Callable[[int], None] = lambda count: None,
+        seconds: Seconds | None = None,
+    ) -> list[list[Answer] | Exception]:
+        """Answer all questions under each of several methods, batch by batch, computing once what they share.
 
-    def _by_image_count(self, questions: Sequence[Question], batch: Sequence[int]) -> Iterator[list[tuple[int, list]]]:
-        """Load a batch's pictures and part it by how many each question has (prompts without one stay apart)."""
-        groups: dict[int, list[tuple[int, list]]] = defaultdict(list)
-        for index in batch:
+        Parameters
+        ----------
+        questions, on_done
+            As for :meth:`answer`.
+        methods
+            One or more methods. A method that fails is not asked again; the others go on.
+        seconds
+            Where to note how long each method took.
+
+        Returns
+        -------
+        Per method its answers in the order of the questions, or the exception that ended it.
+        """
+        answers: list[list[Answer | None]] = [[None] * len(questions) for _ in methods]
+        failures: dict[int, Exception] = {}
+        text = self.model.config.get_text_config()
+        geometry = self.family.geometry(self.model.config)
+        prompts = Prompts(
+            questions,
+            self.processor,
+            self.prompt,
+            self.image,
+            geometry.image_tokens,
+            getattr(text, "max_position_embeddings", None),
+        )
+        remember = common_layers([method.stages(geometry) for method in methods], geometry.depth)
+        for batch in prompts.batches(lambda: self.batch_size, self.batch_tokens):
+            sharing = self._sharing(batch, remember)
+            for number, method in enumerate(methods):
+                if number in failures:
+                    continue
+                started = time.perf_counter()
+                try:
+                    for index, answer in self._answered(batch, method, sharing):
+                        answers[number][index] = answer
+                except Exception as error:  # it belongs to this method alone
+                    failures[number] = error
+                if seconds is not None:
+                    seconds.note(number, time.perf_counter() - started)
+            if len(failures) == len(methods):
+                break
+            on_done(len(batch.indices))
+        return [failures.get(number, own) for number, own in enumerate(answers)]  # type: ignore[misc]
+
+    def _sharing(self, batch: Batch, remember: frozenset[int]) -> Sharing:
+        image_token = self.family.image_token_id(self.model.config)
+        return Sharing.of(batch.input_ids, batch.attention_mask, batch.images, image_token, remember)
+
+    def _answered(self, batch: Batch, method: Any, sharing: Sharing) -> Iterator[tuple[int, Answer]]:
+        """Answers of a batch by index; in parts, from then on, if memory does not hold it whole."""
+        size, found = len(batch.indices), None
+        if size <= self.batch_size:
             try:
-                pictures = prepare_images(questions[index].images(), self.image, self.processor)
-            except UserError as error:
-                raise UserError(f"{questions[index].where}: {error}") from error
-            groups[len(pictures)].append((index, pictures))
-        yield from groups.values()
-
-    def _answered(
-        self, questions: Sequence[Question], group: list[tuple[int, list]], trace: Any
-    ) -> Iterator[tuple[int, Answer]]:
-        """Answers of a group by index; in halves, from then on, if memory does not hold it whole."""
-        while group:
-            part = group[: self.batch_size]
-            indices, pictures = zip(*part)
-            try:
-                found = self._generate([questions[i] for i in indices], pictures, trace)
+                found = self._generate(batch, method, sharing)
             except (RuntimeError, MemoryError) as error:
                 if not _is_lack_of_memory(error):
                     raise
-                found = None
-            if found is None:  # out of the handler, which would hold on to the failed pass's tensors
-                self._shrink(len(part), questions[indices[0]].where)
-                trace.drain()
-                continue
-            yield from zip(indices, found)
-            group = group[len(part) :]
+            if found is not None:
+                yield from zip(batch.indices, found)
+                return
+            # Out of the handler, which would hold on to the failed pass's tensors.
+            sharing.memory.clear()
+            self._shrink(size, batch.questions[0].where)
+        for part in batch.parts(self.batch_size):
+            yield from self._answered(part, method, self._sharing(part, frozenset()))
 
     def _shrink(self, size: int, where: str) -> None:
         """Remember that a batch of ``size`` does not fit into memory, and free what can be."""
@@ -171,30 +201,31 @@ class Generator:
                 f"{where}: out of memory with a single sample (batch_size=1): use a smaller dtype, a smaller model or "
                 "another device"
             )
-        self.batch_size = size // 2
+        self.batch_size = min(self.batch_size, size // 2)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _check_context(self, questions: Sequence[Question], lengths: list[int]) -> None:
-        most = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        for question, length in zip(questions, lengths):
-            if most is not None and length > most:
-                raise UserError(
-                    f"{question.where}: a prompt of {length} tokens is longer than the model's context of {most}"
-                )
-
-    def _generate(self, questions: Sequence[Question], pictures: Sequence[list], trace: Any) -> list[Answer]:
-        texts = [render(self.processor, q.text, len(p), self.prompt) for q, p in zip(questions, pictures)]
-        images = [picture for own in pictures for picture in own]
-        inputs = self.processor(text=texts, images=images or None, padding=True, return_tensors="pt")
-        self._check_context(questions, inputs["attention_mask"].sum(1).tolist())
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
-        settings = questions[0].settings
-        output = self.model.generate(**inputs, **self._generate_arguments(settings))
-        new = output[:, inputs["input_ids"].shape[1] :]
-        samples = trace.drain()
-        beams = len(samples) // len(questions)  # beam search runs each prompt once per beam; the first stands for all
+    def _generate(self, batch: Batch, method: Any, sharing: Sharing) -> list[Answer]:
+        settings = batch.questions[0].settings
+        arguments = self._generate_arguments(settings)
+        device = self.model.device
+        inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+        pixels = None if batch.pixels is None else batch.pixels.to(device, self.model.dtype)
+        with torch.inference_mode(), method(self.model) as trace:
+            shares = is_plain(self.model.generation_config, arguments) and can_share(self.model)
+            if pixels is not None:
+                inputs["pixel_values"] = pixels if shares else pixels[sharing.shown]
+            if shares:
+                ends = _as_list(self.model.generation_config.eos_token_id)
+                with sharing_prompts(self.model, sharing):
+                    new = decode(self.model, inputs, arguments["max_new_tokens"], ends, arguments["pad_token_id"])
+            else:
+                new = self.model.generate(**inputs, **arguments)[:, batch.input_ids.shape[1] :]
+            samples = trace.drain()
+        beams = len(samples) // len(
+            batch.indices
+        )  # beam search runs each prompt once per beam; the first stands for all
         stops = settings.get("until") or ()
         answers = []
         for i, (ids, text) in enumerate(zip(new, self.processor.batch_decode(new, skip_special_tokens=True))):

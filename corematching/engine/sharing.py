@@ -27,6 +27,7 @@ from corematching.engine.cache import Rows
 from corematching.engine.layout import Layout
 from corematching.engine.state import PromptState
 from corematching.engine.vision import TowerRun
+from corematching.methods.base import BeforeLayer, Guide, Stage, VisionBlocks, VisionOutput
 
 
 @dataclass
@@ -106,6 +107,11 @@ class Sharing:
         return cls(groups, [len(row) - begin for row, begin in zip(rows, begins, strict=True)], images, remember)
 
     @property
+    def pays(self) -> bool:
+        """Whether anything is shared: by several rows, or by several methods."""
+        return len(set(self.groups)) < len(self.groups) or bool(self.remember)
+
+    @property
     def firsts(self) -> list[int]:
         """Per group: the first of its rows."""
         return [list(self.groups).index(group) for group in range(max(self.groups) + 1)]
@@ -119,6 +125,24 @@ class Sharing:
 def _alike_until(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common beginning."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def common_layers(stages: Sequence[Sequence[Stage]], depth: int) -> frozenset[int]:
+    """Decoder layers that several methods, given by their stages, run on the prompt as it is."""
+    reach = [_unreduced(own, depth) for own in stages]
+    return frozenset(layer for layer in range(depth) if sum(layer < first for first in reach) > 1)
+
+
+def _unreduced(stages: Sequence[Stage], depth: int) -> int:
+    """How many decoder layers see a prompt as it is."""
+    if any(isinstance(stage, VisionBlocks | VisionOutput | Guide) for stage in stages):
+        return 0
+    return min((stage.layer for stage in stages if isinstance(stage, BeforeLayer)), default=depth)
+
+
+def can_share(model: Any) -> bool:
+    """Whether the method installed on ``model`` leaves prompts to it alone (a guide reads them itself)."""
+    return model._corematching.guide is None
 
 
 @contextmanager
@@ -206,7 +230,7 @@ class SharedRun:
     def start(cls, session: Any, state: PromptState, layout: Layout, hidden: Tensor) -> SharedRun | None:
         """The first stretch of a prompt, from layer 0 on; None where nothing is shared."""
         sharing = session.sharing
-        if sharing is None or not cls._alike(sharing, layout, hidden):
+        if sharing is None or not sharing.pays or not cls._alike(sharing, layout, hidden):
             return None
         # Where a stage has changed the visual tokens already, layers compute something of this method's own.
         common = layout is state.prompt and session.output is None and session.blocks is None

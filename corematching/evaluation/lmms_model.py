@@ -17,7 +17,8 @@ from lmms_eval.api.model import lmms
 
 import corematching as cm
 from corematching.answering.conversation import check_choices
-from corematching.answering.generator import Answer, Generator, Question
+from corematching.answering.generator import Answer, Generator
+from corematching.answering.prompts import Question
 from corematching.errors import UserError
 from corematching.registry import PER_IMAGE, method_defaults
 

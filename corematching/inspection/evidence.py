@@ -22,7 +22,8 @@ from torch.nn.functional import cosine_similarity
 
 import corematching.models
 from corematching.answering.conversation import prepare_images, render
-from corematching.answering.generator import Answer, Question
+from corematching.answering.generator import Answer
+from corematching.answering.prompts import Question
 from corematching.methods.core import coactivation_counts, core_neurons, match_counts
 from corematching.models.families import family_of
 from corematching.results.figures.about import NAMED, About, about_versions
