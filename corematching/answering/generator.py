@@ -14,7 +14,7 @@ import torch
 from corematching.answering.conversation import check_choices
 from corematching.answering.greedy import decode, is_plain
 from corematching.answering.prompts import Batch, Prompts, Question
-from corematching.engine.sharing import Sharing, can_share, common_layers, sharing_prompts
+from corematching.engine.sharing import Sharing, can_share, common_layers, sharing_prompts, signals_asked
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
 from corematching.models.families import family_of
@@ -153,15 +153,17 @@ class Generator:
             geometry.image_tokens,
             getattr(text, "max_position_embeddings", None),
         )
-        remember = common_layers([method.stages(geometry) for method in methods], geometry.depth)
+        stages = [method.stages(geometry) for method in methods]
+        remember = common_layers(stages, geometry.depth)
+        order = sorted(range(len(methods)), key=lambda number: -signals_asked(stages[number]))
         for batch in prompts.batches(lambda: self.batch_size, self.batch_tokens):
             sharing = self._sharing(batch, remember)
-            for number, method in enumerate(methods):
+            for number in order:
                 if number in failures:
                     continue
                 started = time.perf_counter()
                 try:
-                    for index, answer in self._answered(batch, method, sharing):
+                    for index, answer in self._answered(batch, methods[number], sharing):
                         answers[number][index] = answer
                 except Exception as error:  # it belongs to this method alone
                     failures[number] = error

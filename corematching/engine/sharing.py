@@ -27,7 +27,7 @@ from corematching.engine.cache import Rows
 from corematching.engine.layout import Layout
 from corematching.engine.state import PromptState
 from corematching.engine.vision import TowerRun
-from corematching.methods.base import BeforeLayer, Guide, Stage, VisionBlocks, VisionOutput
+from corematching.methods.base import BeforeLayer, ChooseNeurons, Guide, Stage, VisionBlocks, VisionOutput
 
 
 @dataclass
@@ -138,6 +138,11 @@ def _unreduced(stages: Sequence[Stage], depth: int) -> int:
     if any(isinstance(stage, VisionBlocks | VisionOutput | Guide) for stage in stages):
         return 0
     return min((stage.layer for stage in stages if isinstance(stage, BeforeLayer)), default=depth)
+
+
+def signals_asked(stages: Sequence[Stage]) -> int:
+    """How many layers' signals a method asks for: who asks for most computes for those who ask for fewer."""
+    return sum(isinstance(stage, ChooseNeurons) or getattr(stage, "activations", False) for stage in stages)
 
 
 def can_share(model: Any) -> bool:
