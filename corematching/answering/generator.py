@@ -4,9 +4,8 @@ Knows transformers and the methods, not lmms-eval; `corematching.evaluation.lmms
 """
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,17 +34,6 @@ class Answer:
     tokens: int
     trace: SampleTrace
     ended: bool = True
-
-
-@dataclass
-class Seconds:
-    """How long each of several methods took on the same questions."""
-
-    by_method: dict[int, float] = field(default_factory=dict)
-
-    def note(self, method: int, seconds: float) -> None:
-        """Add to a method's time."""
-        self.by_method[method] = self.by_method.get(method, 0.0) + seconds
 
 
 class Generator:
@@ -124,7 +112,6 @@ class Generator:
         questions: Sequence[Question],
         methods: Sequence[Any],
         on_done: Callable[[int], None] = lambda count: None,
-        seconds: Seconds | None = None,
     ) -> list[list[Answer] | Exception]:
         """Answer all questions under each of several methods, batch by batch, computing once what they share.
 
@@ -134,8 +121,6 @@ class Generator:
             As for :meth:`answer`.
         methods
             One or more methods. A method that fails is not asked again; the others go on.
-        seconds
-            Where to note how long each method took.
 
         Returns
         -------
@@ -161,18 +146,16 @@ class Generator:
             for number in order:
                 if number in failures:
                     continue
-                started = time.perf_counter()
                 try:
                     for index, answer in self._answered(batch, methods[number], sharing):
                         answers[number][index] = answer
                 except Exception as error:  # it belongs to this method alone
                     failures[number] = error
-                if seconds is not None:
-                    seconds.note(number, time.perf_counter() - started)
             if len(failures) == len(methods):
                 break
             on_done(len(batch.indices))
-        return [failures.get(number, own) for number, own in enumerate(answers)]  # type: ignore[misc]
+        # Every index was in exactly one batch.
+        return [failures.get(number, own) for number, own in enumerate(answers)]  # type: ignore[misc, arg-type]
 
     def _sharing(self, batch: Batch, remember: frozenset[int]) -> Sharing:
         image_token = self.family.image_token_id(self.model.config)

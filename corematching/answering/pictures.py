@@ -46,11 +46,12 @@ class Pictures:
 
     def of(self, index: int) -> list[Image.Image]:
         """A question's pictures."""
+        keys = self.keys()[index]
         with self._lock:
-            found = [self._kept.get(key) for key in self.keys()[index]]
-        if any(picture is None for picture in found):
+            found = [self._kept[key] for key in keys if key in self._kept]
+        if len(found) < len(keys):
             self._look(index, found := self._prepare(index))
-        return found  # type: ignore[return-value]
+        return found
 
     def _look(self, index: int, pictures: Sequence[Image.Image] | None = None) -> tuple[str, ...]:
         pictures = self._prepare(index) if pictures is None else pictures

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,9 @@ def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Pre
             raise UserError(f"predictor={file!r}: {path.name} was made for another model (layer {index} does not fit)")
         like = gate.weight if sliceable(layer.mlp) else layer.post_attention_layernorm.weight
         device = "cpu" if like.device.type == "meta" else like.device
-        predictors[index] = Predictor(*(part.to(device, like.dtype) for part in parts), relu=form == _form(True))
+        weights = dict(zip(PARTS, (part.to(device, like.dtype) for part in parts), strict=True))
+        values: dict[str, Any] = {**weights, "relu": form == _form(True)}
+        predictors[index] = Predictor(**values)
     return predictors
 
 
@@ -124,5 +126,6 @@ class TokenwiseFFN:
 
 
 def _moved(predictor: Predictor, device: torch.device) -> Predictor:
-    values: dict[str, Any] = {field.name: getattr(predictor, field.name) for field in fields(predictor)}
-    return Predictor(**{n: value.to(device) if isinstance(value, Tensor) else value for n, value in values.items()})
+    values = {field.name: getattr(predictor, field.name) for field in fields(predictor)}
+    moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(predictor, **moved)

@@ -213,9 +213,8 @@ class SharedRun:
         """Per group: tokens of its beginning."""
         self.hidden = self._split(hidden)
         end = self.hidden.end.shape[1]
-        begin_positions, begin_valid = self._beginning(layout.positions), self._beginning(layout.valid)
-        if all(length == begin_valid.shape[1] for length in self.begins):
-            begin_valid = None
+        begin_positions = self._beginning(layout.positions)
+        begin_valid = self._beginning(layout.valid) if len(set(self.begins)) > 1 else None
         config = decoder.config
         self.begin_mask = create_causal_mask(
             config=config, inputs_embeds=self.hidden.begin, attention_mask=begin_valid, past_key_values=None

@@ -79,7 +79,7 @@ class SparseVLM(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "version", str(self.version))
-        check_choice("version", self.version, tuple(SCHEDULES))
+        check_choice("version", str(self.version), tuple(SCHEDULES))
         if not self.layers:
             raise UserError("layers=[] is not valid: give the layers at whose output tokens leave")
         check_budget("rank_scale", self.rank_scale, fraction_only=True)

@@ -38,12 +38,14 @@ def load_weights(path: str, config: Any, dtype: Any, revision: str | None) -> An
     UserError
         If files are missing or damaged, or weights are missing, left over or of another shape.
     """
+    loaded: Any
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded = AutoModelForImageTextToText.from_pretrained(
             path, config=config, dtype=dtype, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except _BROKEN as error:
         raise UserError(f"model '{path}' cannot be loaded ({_first_line(error)}): fetch or save it again") from error
+    model, info = loaded
     if faults := _faults(info, config.text_config.num_hidden_layers):
         raise UserError(f"model '{path}' does not fit its config.json: {'; '.join(faults)}")
     return model
