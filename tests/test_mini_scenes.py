@@ -8,7 +8,8 @@ import pytest
 
 from corematching.benchmarks.mini.families import FAMILIES, MME_SUBTASKS, POOLS
 from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, UNANSWERABLE, questions_for
-from corematching.benchmarks.mini.scenes import COLOURS, IMAGE_SIZE, PATCH, digit_drawings, make_scene, render
+from corematching.benchmarks.mini.drawing import digit_drawings, render
+from corematching.benchmarks.mini.scenes import COLOURS, IMAGE_SIZE, PATCH, make_scene
 
 SCENES = [make_scene(seed, "test") for seed in range(300)]
 

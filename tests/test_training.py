@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, questions_for
-from corematching.benchmarks.mini.scenes import GRID, make_scene, render, render_array
+from corematching.benchmarks.mini.drawing import render, render_array
+from corematching.benchmarks.mini.scenes import GRID, make_scene
 from corematching.training.architecture import TinyShape, build_model, deepen
 from corematching.training.card import model_card
 from corematching.training.cli import main

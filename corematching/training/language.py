@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from corematching.benchmarks.mini.families import POOLS, Question
 from corematching.benchmarks.mini.questions import LETTERS, questions_for
-from corematching.benchmarks.mini.scenes import GRID, Scene, make_scene, render_array
+from corematching.benchmarks.mini.drawing import render_array
+from corematching.benchmarks.mini.scenes import GRID, Scene, make_scene
 from corematching.training.codes import CodeBook, PatchLabels
 from corematching.training.loop import Schedule
 from corematching.training.prompts import VARIANTS, user_prompt

@@ -44,6 +44,14 @@ def vision_stages(codes: CodeBook) -> list[VisionStage]:
     ]
 
 
+def sight_stages(codes: CodeBook) -> list[VisionStage]:
+    """The tower that reads plain pictures meets varied backgrounds, distractors, sizes, and sums up in [CLS]."""
+    return [
+        VisionStage("varied", 3000, 8, 12, codes, muon_rate=0.006, adam_rate=6e-4, digits=0.35),
+        VisionStage("varied whole", 900, 3, 24, codes, muon_rate=0.004, adam_rate=4e-4, digits=0.35),
+    ]
+
+
 def shallow_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
     """Few oracle tokens at half the depth: the look-ups form here, then move past the first layers."""
     return [

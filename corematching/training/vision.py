@@ -1,4 +1,4 @@
-"""Vision stages: the tower and projector learn to emit the code of what each patch shows."""
+"""Vision stages: tower and projector learn to emit the code of what each patch shows, [CLS] what the image holds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from corematching.benchmarks.mini.scenes import COLOURS, DIGIT_SHARE, GRID, Scene, place_objects, render_array
-from corematching.training.codes import ATTRIBUTES, CodeBook, PatchLabels
+from corematching.benchmarks.mini.drawing import render_array
+from corematching.benchmarks.mini.scenes import COLOURS, DIGIT_SHARE, GRID, Scene, place
+from corematching.training.codes import ATTRIBUTES, HALF_WORD, CodeBook, PatchLabels
 from corematching.training.loop import Schedule
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
@@ -38,19 +39,19 @@ class VisionBatch:
 
 
 def vision_batch(seed: str, size: int, grid: int, digits: float = DIGIT_SHARE) -> VisionBatch:
-    """Crowded pictures: colours may repeat; 12 x 12 patches hold up to ten objects, a share of them digits."""
+    """Crowded pictures: colours may repeat; 12 x 12 patches hold up to eight objects, a share of them digits."""
     rng = random.Random(seed)
     scenes, rows, cols = [], [], []
     for _ in range(size):
-        crowd = rng.randint(4, 10) * (grid // 12) ** 2 if grid < GRID else rng.randint(6, 12)
-        objects = place_objects(rng, rng.choices(tuple(COLOURS), k=min(crowd, 12)), grid, digits)
-        scenes.append(Scene(rng.getrandbits(48), "train", objects, (rng.randint(95, 175), rng.randint(95, 175))))
+        crowd = rng.randint(3, 8) if grid < GRID else rng.randint(6, 12)
+        things = place(rng, rng.choices(tuple(COLOURS), k=crowd), crowd // 2, grid, digits)
+        scenes.append(Scene(rng.getrandbits(48), "train", *things))
         top, left = rng.randint(0, GRID - grid), rng.randint(0, GRID - grid)
         y, x = np.mgrid[top : top + grid, left : left + grid]
         rows.append(y.ravel())
         cols.append(x.ravel())
     images = np.stack([render_array(scene, grid) for scene in scenes])
-    labels = PatchLabels.of([scene.objects for scene in scenes], grid)
+    labels = PatchLabels.of(scenes, grid)
     return VisionBatch(pixels(images), labels, torch.from_numpy(np.stack(rows)), torch.from_numpy(np.stack(cols)))
 
 
@@ -59,6 +60,11 @@ def visual_features(model, values: Tensor, rows: Tensor | None = None, cols: Ten
 
     The same computation as ``get_image_features`` for whole images (a test compares them).
     """
+    return projected(model, values, rows, cols)[:, 1:]
+
+
+def projected(model, values: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
+    """Like :func:`visual_features`, the projected [CLS] in front: (n, 1 + patches, width)."""
     tower = model.model.vision_tower
     embed = tower.embeddings
     patches = embed.patch_embedding(values).flatten(2).transpose(1, 2)
@@ -71,7 +77,7 @@ def visual_features(model, values: Tensor, rows: Tensor | None = None, cols: Ten
     hidden = tower.pre_layrnorm(torch.cat([first, patches], dim=1))
     for layer in tower.encoder.layers[:-1]:  # vision_feature_layer = -2: the last layer is not used
         hidden = layer(hidden, attention_mask=None)
-    return model.model.multi_modal_projector(hidden[:, 1:])
+    return model.model.multi_modal_projector(hidden)
 
 
 def vision_loss(features: Tensor, batch: VisionBatch, codes: CodeBook) -> tuple[Tensor, dict[str, float]]:
@@ -89,6 +95,20 @@ def vision_loss(features: Tensor, batch: VisionBatch, codes: CodeBook) -> tuple[
         loss = loss + (1.0 if name == "kind" else 0.4) * nn.functional.cross_entropy(logits, index[chosen])
         scores[name] = (logits.argmax(-1) == index[chosen]).float().mean().item()
     return loss, scores
+
+
+def summary_loss(summary: Tensor, labels: PatchLabels, codes: CodeBook) -> tuple[Tensor, float]:
+    """Cross entropy of which colours and kinds the image shows, read off the projected [CLS] (n, width).
+
+    A value is called present when [CLS] reaches half of a word's norm along its direction, as on the patches
+    themselves. Also returns the share of values that are called rightly among those present.
+    """
+    loss, hits, total = summary.new_zeros(()), 0.0, 0.0
+    for name, truth in labels.present.items():
+        logits = summary @ codes.attribute_codes(name).T - HALF_WORD
+        loss = loss + nn.functional.binary_cross_entropy_with_logits(logits, truth)
+        hits, total = hits + ((logits > 0) * truth).sum().item(), total + truth.sum().item()
+    return loss, hits / max(total, 1)
 
 
 def vision_parameters(model) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -116,6 +136,8 @@ class VisionStage:
         Peak learning rates of matrices and of the rest.
     digits : float
         Share of objects that are handwritten digits, the hardest to tell apart.
+    summary_weight : float
+        Weight of what [CLS] says is there.
     """
 
     name: str
@@ -126,6 +148,7 @@ class VisionStage:
     muon_rate: float = 0.01
     adam_rate: float = 1e-3
     digits: float = DIGIT_SHARE
+    summary_weight: float = 1.0
 
     def start(self, model) -> list[torch.optim.Optimizer]:
         """Muon for matrices, AdamW for the rest."""
@@ -142,5 +165,7 @@ class VisionStage:
     def loss(self, model, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss and shares of rightly read patches on the step's pictures."""
         batch = vision_batch(f"{self.name}:{step}", self.batch, self.grid, self.digits).to(model.device)
-        features = visual_features(model, batch.pixels, batch.rows, batch.cols)
-        return vision_loss(features, batch, self.codes)
+        features = projected(model, batch.pixels, batch.rows, batch.cols)
+        loss, scores = vision_loss(features[:, 1:], batch, self.codes)
+        summary, found = summary_loss(features[:, 0], batch.labels, self.codes)
+        return loss + self.summary_weight * summary, scores | {"summary": found}

@@ -1,22 +1,20 @@
-"""Seeded 336 x 336 scenes: coloured shapes, tiles with real handwritten digits, signs with rendered words.
+"""Seeded 336 x 336 scenes: coloured shapes, tiles with real handwritten digits, signs with rendered words, distractors.
 
-A scene is a list of objects on a grid of 24 x 24 patches of 14 px, the patches of the LLaVA-1.5 vision tower. Objects
-are two to four patches wide, so the answer to a question lies in a handful of the 576 visual tokens and a pruning
-method has something to lose. Everything is a pure function of ``(split, seed)``; train and test scenes come from
-disjoint random streams, and the handwritten digits themselves are split too.
+A scene is a list of objects on a grid of 24 x 24 patches of 14 px, the patches of the LLaVA-1.5 vision tower, before a
+varied background. Objects are one to six patches wide, so the answer to a question lies in a handful of the 576 visual
+tokens and a pruning method has something to lose. Distractors have shapes and colours that no question names.
+Everything is a pure function of ``(split, seed)``; train and test scenes come from disjoint random streams, and the
+handwritten digits themselves are split too.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from corematching.benchmarks.mini.backgrounds import PATCH
 
 IMAGE_SIZE = 336
-PATCH = 14
 GRID = IMAGE_SIZE // PATCH
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -35,10 +33,22 @@ SIZES = ("small", "large")
 DIGITS = tuple("0123456789")
 WORDS = ("cat", "dog", "sun", "car", "tree", "fish", "bird", "book", "star", "moon", "cake", "ship")
 SPLITS = ("train", "test")
+ODD_COLOURS: dict[str, tuple[int, int, int]] = {
+    "pink": (240, 150, 185),
+    "brown": (115, 75, 45),
+    "cyan": (90, 205, 215),
+    "olive": (125, 125, 55),
+    "grey": (130, 130, 130),
+}
+ODD_SHAPES = ("bar", "diamond", "arch", "ell")
 
 DIGIT_SHARE = 0.26  # of the objects; seven in ten of the others are shapes, the rest words
 _SHAPES_OF_REST = 0.52 / 0.74
-_HELD_OUT_DIGITS = 5  # every fifth handwritten digit belongs to the test split
+# Patches: how often objects have which size. About half of shapes and digits are small, that is at most two wide.
+_SHAPE_SIDES = {1: 3, 2: 12, 3: 7, 4: 5, 5: 3, 6: 1}
+_DIGIT_SIDES = {2: 5, 3: 3, 4: 2}
+_SIGNS = {(4, 2): 5, (5, 2): 3, (6, 3): 2}
+_ODD_SIDES = {1: 2, 2: 3, 3: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +64,9 @@ class SceneObject:
     colour : str
         A key of :data:`COLOURS`; no two objects of a scene share a colour.
     size : str
-        One of :data:`SIZES`; signs are always ``"large"``.
+        One of :data:`SIZES`: three patches wide or more is large; signs are always ``"large"``.
     texture : str
-        One of :data:`TEXTURES`; tiles and signs are always ``"plain"``.
+        One of :data:`TEXTURES`; tiles, signs and shapes of a single patch are always ``"plain"``.
     col, row, width, height : int
         The covered rectangle in patches.
     dx, dy : int
@@ -90,23 +100,34 @@ class SceneObject:
 
 
 @dataclass(frozen=True, slots=True)
+class Distractor:
+    """A thing that no question names: one of :data:`ODD_SHAPES` in one of :data:`ODD_COLOURS`, `side` patches wide."""
+
+    kind: str
+    colour: str
+    col: int
+    row: int
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows; :func:`render` draws it.
+    """What a picture shows; :func:`corematching.benchmarks.mini.drawing.render` draws it.
 
     Attributes
     ----------
     seed, split : int, {"train", "test"}
-        Where the scene comes from; together they name it.
+        Where the scene comes from; together they name it and its background.
     objects : tuple of SceneObject
-        Three to six objects, pairwise at least one patch apart.
-    background : tuple of int
-        Grey level at the left and at the right edge.
+        Five to seven objects, pairwise at least one patch apart.
+    distractors : tuple of Distractor
+        Two to six more things, apart from the objects and from each other.
     """
 
     seed: int
     split: str
     objects: tuple[SceneObject, ...]
-    background: tuple[int, int]
+    distractors: tuple[Distractor, ...] = ()
 
 
 def make_scene(seed: int, split: str) -> Scene:
@@ -127,40 +148,53 @@ def make_scene(seed: int, split: str) -> Scene:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
     rng = random.Random(f"{split}:{seed}")
-    objects = place_objects(rng, rng.sample(tuple(COLOURS), rng.randint(3, 6)), GRID)
-    return Scene(seed, split, objects, (rng.randint(95, 175), rng.randint(95, 175)))
+    return Scene(seed, split, *place(rng, rng.sample(tuple(COLOURS), rng.randint(5, 7)), rng.randint(2, 6), GRID))
 
 
-def place_objects(
-    rng: random.Random, colours: list[str], grid: int, digits: float = DIGIT_SHARE
-) -> tuple[SceneObject, ...]:
-    """One object for each colour, as far as they fit on a square of `grid` patches; words do not repeat."""
+def place(
+    rng: random.Random, colours: list[str], odd: int, grid: int, digits: float = DIGIT_SHARE
+) -> tuple[tuple[SceneObject, ...], tuple[Distractor, ...]]:
+    """One object for each colour and `odd` distractors, as far as they fit on a square of `grid` patches.
+
+    Words do not repeat.
+    """
     words = rng.sample(WORDS, len(colours))
     taken = [[False] * grid for _ in range(grid)]
-    objects = []
+    objects, distractors = [], []
     for colour, word in zip(colours, words):
         category, kind, width, height, texture = _draw_kind(rng, word, digits)
         spot = _free_spot(rng, taken, width, height)
         if spot is None:
             continue
         size = SIZES[height > 2 or category == "word"]
-        jitter = (rng.randint(-2, 2), rng.randint(-2, 2))
+        reach = 1 if width == 1 else 2
+        jitter = (rng.randint(-reach, reach), rng.randint(-reach, reach))
         objects.append(
             SceneObject(category, kind, colour, size, texture, *spot, width, height, *jitter, rng.randrange(10_000))
         )
-    return tuple(objects)
+    for _ in range(odd):
+        side = _weighted(rng, _ODD_SIDES)
+        spot = _free_spot(rng, taken, side, side)
+        if spot is not None:
+            distractors.append(Distractor(rng.choice(ODD_SHAPES), rng.choice(tuple(ODD_COLOURS)), *spot, side))
+    return tuple(objects), tuple(distractors)
+
+
+def _weighted(rng: random.Random, weights: dict):
+    return rng.choices(tuple(weights), tuple(weights.values()))[0]
 
 
 def _draw_kind(rng: random.Random, word: str, digits: float) -> tuple[str, str, int, int, str]:
     """Category, kind, width, height (patches) and texture of a new object."""
     share = rng.random()
-    side = rng.choice((2, 3))
     shapes = _SHAPES_OF_REST * (1 - digits)
     if share < shapes:
-        return "shape", rng.choice(SHAPES), side, side, rng.choice(TEXTURES)
+        side = _weighted(rng, _SHAPE_SIDES)
+        return "shape", rng.choice(SHAPES), side, side, rng.choice(TEXTURES) if side > 1 else "plain"
     if share < shapes + digits:
+        side = _weighted(rng, _DIGIT_SIDES)
         return "digit", rng.choice(DIGITS), side, side, "plain"
-    return "word", word, 4, 2, "plain"
+    return "word", word, *_weighted(rng, _SIGNS), "plain"
 
 
 def _free_spot(rng: random.Random, taken: list[list[bool]], width: int, height: int) -> tuple[int, int] | None:
@@ -180,118 +214,3 @@ def _free_spot(rng: random.Random, taken: list[list[bool]], width: int, height: 
                 taken[y][x] = True
         return col, row
     return None
-
-
-def render(scene: Scene) -> Image.Image:
-    """The scene as a 336 x 336 RGB image; equal scenes give equal pixels."""
-    return Image.fromarray(render_array(scene))
-
-
-def render_array(scene: Scene, grid: int = GRID) -> np.ndarray:
-    """The scene's top-left `grid` x `grid` patches as an array of shape (14 * grid, 14 * grid, 3), dtype uint8."""
-    side = grid * PATCH
-    noise = np.random.default_rng([scene.seed, SPLITS.index(scene.split)])
-    left, right = scene.background
-    canvas = np.empty((side, side, 3), dtype=np.float32)
-    canvas[:] = np.linspace(left, right, side, dtype=np.float32)[None, :, None]
-    for item in scene.objects:
-        _paint(canvas, item, scene.split)
-    canvas += noise.standard_normal((side, side, 1), dtype=np.float32) * 6
-    return canvas.clip(0, 255).astype(np.uint8)
-
-
-def _paint(canvas: np.ndarray, item: SceneObject, split: str) -> None:
-    """Blend one object into the canvas (height, width, 3)."""
-    x0, y0, x1, y1 = item.box
-    x0, x1 = (min(max(v + item.dx, 0), canvas.shape[1]) for v in (x0, x1))
-    y0, y1 = (min(max(v + item.dy, 0), canvas.shape[0]) for v in (y0, y1))
-    size = (item.height * PATCH, item.width * PATCH)
-    outline, ink = _stencil(item, size, split)
-    top, left = max(-(item.row * PATCH + item.dy), 0), max(-(item.col * PATCH + item.dx), 0)
-    window = (slice(top, top + y1 - y0), slice(left, left + x1 - x0))
-    colour = np.array(COLOURS[item.colour], dtype=np.float32)
-    dark = colour @ (0.3, 0.59, 0.11) < 110
-    mark = np.float32(255 if dark else 0)
-    body = colour + (mark - colour) * ink[window][..., None]
-    cover = outline[window][..., None]
-    area = canvas[y0:y1, x0:x1]
-    area += (body - area) * cover
-
-
-def _stencil(item: SceneObject, size: tuple[int, int], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage and ink of an object, both (height, width) in [0, 1]."""
-    if item.category == "shape":
-        return _shape_mask(item.kind, size[0]), _texture_ink(item.texture, size[0])
-    plate = np.zeros(size, dtype=np.float32)
-    plate[1:-1, 1:-1] = 1
-    if item.category == "digit":
-        drawings = digit_drawings(split)[int(item.kind)]
-        return plate, _digit_ink(split, int(item.kind), item.variant % len(drawings), size[0])
-    return plate, _word_ink(item.kind, size)
-
-
-@lru_cache(maxsize=64)
-def _shape_mask(kind: str, side: int) -> np.ndarray:
-    """Antialiased coverage of a shape on a square of `side` px, by 4 x 4 supersampling."""
-    steps = 4
-    axis = (np.arange(side * steps) + 0.5) / steps
-    x, y = np.meshgrid(axis, axis)
-    middle, reach = side / 2, side / 2 - 1
-    u, v = (x - middle) / reach, (y - middle) / reach
-    radius = np.hypot(u, v)
-    inside = {
-        "circle": radius <= 1,
-        "square": (np.abs(u) <= 0.9) & (np.abs(v) <= 0.9),
-        "triangle": (v <= 0.95) & (np.abs(u) <= (v + 1) / 1.95),
-        "cross": (np.maximum(np.abs(u), np.abs(v)) <= 1) & (np.minimum(np.abs(u), np.abs(v)) <= 0.34),
-        "ring": (radius <= 1) & (radius >= 0.5),
-    }[kind]
-    return inside.reshape(side, steps, side, steps).mean(axis=(1, 3), dtype=np.float32)
-
-
-@lru_cache(maxsize=64)
-def _texture_ink(texture: str, side: int) -> np.ndarray:
-    """Ink of a surface pattern with a period of seven pixels."""
-    y, x = np.mgrid[0:side, 0:side].astype(np.float32)
-    if texture == "striped":
-        return ((y % 7) < 3).astype(np.float32) * 0.6
-    if texture == "dotted":
-        return (((x % 7) - 3) ** 2 + ((y % 7) - 3) ** 2 <= 3.0).astype(np.float32) * 0.85
-    return np.zeros((side, side), dtype=np.float32)
-
-
-@lru_cache(maxsize=2)
-def digit_drawings(split: str) -> tuple[np.ndarray, ...]:
-    """The split's handwritten digits (scikit-learn's ``load_digits``): for each class an array (n, 8, 8) in [0, 1]."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    held_out = np.arange(len(bunch.target)) % _HELD_OUT_DIGITS == 0
-    chosen = held_out if split == "test" else ~held_out
-    return tuple((bunch.images[chosen & (bunch.target == k)] / 16).astype(np.float32) for k in range(10))
-
-
-@lru_cache(maxsize=4096)
-def _digit_ink(split: str, digit: int, index: int, side: int) -> np.ndarray:
-    drawing = Image.fromarray((digit_drawings(split)[digit][index] * 255).astype(np.uint8))
-    inner = side - 6
-    ink = np.zeros((side, side), dtype=np.float32)
-    ink[3:-3, 3:-3] = np.asarray(drawing.resize((inner, inner), Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    return ink
-
-
-@lru_cache(maxsize=64)
-def _word_ink(word: str, size: tuple[int, int]) -> np.ndarray:
-    """The word in Pillow's own font, as large as the sign allows."""
-    height, width = size
-    points = 26
-    while True:
-        font = ImageFont.load_default(points)
-        left, top, right, bottom = font.getbbox(word)
-        if right - left <= width - 4:
-            break
-        points -= 1
-    sheet = Image.new("L", (width, height))
-    place = ((width - (right - left)) / 2 - left, (height - (bottom - top)) / 2 - top)
-    ImageDraw.Draw(sheet).text(place, word, fill=255, font=font)
-    return np.asarray(sheet, dtype=np.float32) / 255
