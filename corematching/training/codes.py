@@ -186,7 +186,9 @@ class PatchLabels:
     def gather(self, index: Tensor) -> PatchLabels:
         """The labels at these patches, shape (scenes, chosen)."""
         ground = self.ground.gather(1, index[..., None].expand(-1, -1, self.ground.shape[-1]))
-        return PatchLabels({n: v.gather(1, index) for n, v in self.values.items()}, self.anchor.gather(1, index), ground)
+        return PatchLabels(
+            {n: v.gather(1, index) for n, v in self.values.items()}, self.anchor.gather(1, index), ground
+        )
 
     @property
     def present(self) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ from transformers import LlavaForConditionalGeneration
 from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, Question, questions_for
 from corematching.benchmarks.mini.scenes import GRID, IMAGE_SIZE, Scene, make_scene
 from corematching.training.codes import CodeBook, PatchLabels
-from corematching.training.language import IGNORED, Packer, pixels_of, run_layers
+from corematching.training.language import Packer, pixels_of
+from corematching.training.reading import IGNORED, run_layers
 from corematching.training.vision import pixels, visual_features
 from corematching.training.vocabulary import build_tokenizer
 
@@ -90,7 +91,7 @@ def evaluate(
         for start in range(0, len(asked), _PACKED):
             part = asked[start : start + _PACKED]
             batch = packer.pack([scene], chosen, [part], random.Random(f"{seed}:{index}:{start}"))
-            _, last = run_layers(model, batch, visual, 1, hidden_layers=0)
+            _, last = run_layers(model, batch, visual, 1)
             guesses = model.lm_head(model.model.language_model.norm(last)).argmax(-1)[0]
             for (name, question), right in zip(part, _right(guesses, batch.targets[0])):
                 tallies[name, question.family] += Tally(int(right), 1)
@@ -110,7 +111,7 @@ def _visual(model, codes: CodeBook, scene, condition: str, index: int) -> tuple[
     """Visual tokens (1, kept, width) and their raster indices (1, kept)."""
     chosen = torch.arange(GRID * GRID)[None]
     if condition == "oracle":
-        labels = PatchLabels.of([scene.objects])
+        labels = PatchLabels.of([scene])
         return codes.visual_tokens(labels, chosen // GRID, chosen % GRID), chosen
     blank = np.full((1, IMAGE_SIZE, IMAGE_SIZE, 3), 128, dtype=np.uint8)
     visual = visual_features(model, pixels(blank) if condition == "blank" else pixels_of([scene]))

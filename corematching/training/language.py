@@ -16,59 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from corematching.benchmarks.mini.drawing import render_array
 from corematching.benchmarks.mini.families import POOLS, Question
 from corematching.benchmarks.mini.questions import LETTERS, questions_for
-from corematching.benchmarks.mini.drawing import render_array
 from corematching.benchmarks.mini.scenes import GRID, Scene, make_scene
 from corematching.training.codes import CodeBook, PatchLabels
 from corematching.training.loop import Schedule
 from corematching.training.prompts import VARIANTS, user_prompt
+from corematching.training.reading import IGNORED, PackedBatch, ReadingLayers, run_layers, twin_of
 from corematching.training.vision import pixels, visual_features
 from corematching.training.vocabulary import SYSTEM
 
-IGNORED = -100
 ECHO = "echo"  # a practice format of the training alone
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """Images with packed questions; T = prefix + visual tokens + padded question blocks.
-
-    Attributes
-    ----------
-    scenes : list of Scene
-    index : LongTensor (n, visual)
-        Raster index of each visual token, ascending.
-    prefix : LongTensor (prefix,)
-        Token ids before the image.
-    text : LongTensor (n, text)
-        Token ids of the blocks.
-    positions : LongTensor (n, T)
-    mask : BoolTensor (n, 1, T, T)
-        True where a row may see a column.
-    targets, hidden_targets : LongTensor (n, text)
-        Next token to predict at the output, and the open answer's word at the middle layer, ``IGNORED`` elsewhere.
-    owner : LongTensor (n, text)
-        Number of the block that a text token belongs to, -1 for padding.
-    names : list of list of str
-        Family of each block, with a ``+`` for lettered choices.
-    """
-
-    scenes: list[Scene]
-    index: Tensor
-    prefix: Tensor
-    text: Tensor
-    positions: Tensor
-    mask: Tensor
-    targets: Tensor
-    hidden_targets: Tensor
-    owner: Tensor
-    names: list[list[str]]
-
-    def to(self, device: str | torch.device) -> PackedBatch:
-        """A copy with all tensors on a device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return PackedBatch(**{**vars(self), **tensors})
 
 
 @dataclass(frozen=True)
@@ -149,9 +108,8 @@ class Packer:
                     start, start + len(ids)
                 )
                 at += len(ids)
-        causal = torch.ones(total, total).tril().bool()
-        mask = causal.repeat(n, 1, 1)
-        mask[:, front + visual :, front + visual :] &= owner[:, :, None] == owner[:, None, :]
+        mask = torch.ones(total, total).tril().bool()[front + visual :].repeat(n, 1, 1)
+        mask[:, :, front + visual :] &= owner[:, :, None] == owner[:, None, :]
         prefix = torch.tensor(self.prefix)
         names = [[question.family + "+" * bool(question.choices) for _, question in pairs] for pairs in drawn]
         return PackedBatch(scenes, index, prefix, text, positions, mask[:, None], targets, hidden, owner, names)
@@ -168,30 +126,6 @@ def choose_patches(labels: PatchLabels, count: int | None, generator: torch.Gene
     rank = torch.rand(n, patches, generator=generator)
     rank += (labels.values["colour"] >= 0) * 1.0 + labels.anchor * 1.0
     return rank.topk(count, dim=1).indices.sort(dim=1).values
-
-
-def run_layers(model, batch: PackedBatch, visual: Tensor, middle: int, hidden_layers: int) -> tuple[Tensor, Tensor]:
-    """Hidden states of the text blocks at the middle layer and at the end, each (n, text, width).
-
-    In the first `hidden_layers` layers the text does not see the image, which moves the look-up to later layers, where
-    methods that prune inside the model can act before it.
-    """
-    language = model.model.language_model
-    embed = language.embed_tokens
-    n, front, start = len(batch.text), len(batch.prefix), len(batch.prefix) + visual.shape[1]
-    hidden = torch.cat([embed(batch.prefix).expand(n, -1, -1), visual, embed(batch.text)], dim=1)
-    rotary = language.rotary_emb(hidden, position_ids=batch.positions)
-    early = batch.mask
-    if hidden_layers:
-        early = batch.mask.clone()
-        early[:, :, start:, front:start] = False
-    at_middle = hidden
-    for number, layer in enumerate(language.layers):
-        mask = early if number < hidden_layers else batch.mask
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=batch.positions)
-        if number + 1 == middle:
-            at_middle = hidden
-    return at_middle[:, start:], hidden[:, start:]
 
 
 class GatePenalty:
@@ -234,9 +168,8 @@ class LanguageStage:
     oracle : bool
         Read the sums of codes themselves instead of what the tower emits.
     rate_peak, decay_share : float
-    hide_early : float
-        Share of the steps in which text does not see the image in the first `early_layers` layers.
-    early_layers : int
+    reading : ReadingLayers or None
+        Layers in which text sees its own image; None: in all. With it, half of the batch are twins of the other half.
     gate_weight, middle_weight : float
         Weights of the gate penalty and of the middle layer's answer.
     """
@@ -252,8 +185,7 @@ class LanguageStage:
     oracle: bool = True
     rate_peak: float = 2e-3
     decay_share: float = 0.3
-    hide_early: float = 0.0
-    early_layers: int = 3
+    reading: ReadingLayers | None = None
     gate_weight: float = 0.0
     middle_weight: float = 0.5
 
@@ -272,10 +204,9 @@ class LanguageStage:
         batch, visual = self.packed(model, rng)
         middle = math.ceil(len(model.model.language_model.layers) * 0.6)
         text = batch.text.shape[1]
-        with GatePenalty(model, text) as gates:
-            hidden = self.early_layers if rng.random() < self.hide_early else 0
-            at_middle, last = run_layers(model, batch, visual, middle, hidden)
-        norm = model.model.language_model.norm
+        with GatePenalty(model, text) as gates, torch.autocast(batch.text.device.type, torch.bfloat16):
+            at_middle, last = run_layers(model, batch, visual, middle, self.reading)
+        at_middle, last, norm = at_middle.float(), last.float(), model.model.language_model.norm
         logits = model.lm_head(norm(last[batch.targets != IGNORED]))
         targets = batch.targets[batch.targets != IGNORED]
         loss = nn.functional.cross_entropy(logits, targets)
@@ -289,10 +220,13 @@ class LanguageStage:
 
     def packed(self, model, rng: random.Random) -> tuple[PackedBatch, Tensor]:
         """A batch and its visual tokens (n, visual, width)."""
-        scenes = [make_scene(rng.getrandbits(48), "train") for _ in range(self.batch)]
-        labels = PatchLabels.of([scene.objects for scene in scenes])
+        scenes = [make_scene(rng.getrandbits(48), "train") for _ in range(self.batch // (2 if self.reading else 1))]
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
-        index = choose_patches(labels, self.visual, generator)
+        index = choose_patches(PatchLabels.of(scenes), self.visual, generator)
+        if self.reading:
+            scenes += [twin_of(scene, rng) for scene in scenes]
+            index = index.repeat(2, 1)
+        labels = PatchLabels.of(scenes)
         drawn = [[self.mix.draw(scene, rng) for _ in range(self.questions)] for scene in scenes]
         batch = self.packer.pack(scenes, index, drawn, rng).to(model.device)
         index = batch.index

@@ -6,11 +6,13 @@ from typing import Any
 
 from corematching.training.codes import CodeBook
 from corematching.training.language import LanguageStage, Mix, Packer
+from corematching.training.reading import ReadingLayers
 from corematching.training.vision import VisionStage
 
 SHALLOW_LAYERS = 6  # the language model learns the task at this depth and is then deepened
-# Look-ups move past the first layers and few neurons fire on text: methods inside the model have something to find.
-LATE: dict[str, Any] = {"hide_early": 0.75, "gate_weight": 0.3}
+# Text reads the image in the middle third of the layers, and few neurons fire on text.
+_LATE: dict[str, Any] = {"reading": ReadingLayers(4, 8), "gate_weight": 0.3}
+_LATE_SHALLOW: dict[str, Any] = {"reading": ReadingLayers(2, 4), "gate_weight": 0.3}
 
 _OPEN_FIRST = Mix(
     {"gqa": 3, "vqav2": 1, "mme": 1.5, "seedbench": 2, "mmbench": 1, "scienceqa": 1, "mmvet": 0.4, "textvqa": 0.2,
@@ -31,7 +33,10 @@ _ALL = Mix(
      "vizwiz": 1, "pope": 1},
 )  # fmt: skip
 
-_STATEMENTS = Mix({**_ALL.benchmarks, "mme": 6}, {"compound": 2, "size": 1.5, "side": 2, "height": 2, "texture": 1.5})
+_VARIED = Mix(
+    {**_ALL.benchmarks, "gqa": 4},
+    {"color": 1.5, "shape": 1.5, "digit": 1.2, "word": 1.2, "exists": 1.5, "compound": 2, "count": 1.5},
+)
 _WEAK = Mix(_ALL.benchmarks, {"color": 1.5, "exists": 2, "compound": 2, "side": 1.5, "height": 1.5, "count": 1.5})
 
 
@@ -58,11 +63,9 @@ def shallow_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
         LanguageStage("few", 400, 8, _OPEN_FIRST, codes, packer, visual=32, rate_peak=2e-3, decay_share=0.2),
         LanguageStage("lagging", 453, 8, _LAGGING, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.0),
         LanguageStage("places", 300, 8, _PLACES, codes, packer, visual=32, rate_peak=1e-3, decay_share=0.2),
+        LanguageStage("late", 250, 8, _ALL, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, **_LATE_SHALLOW),
         LanguageStage(
-            "late", 250, 8, _ALL, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, early_layers=2, **LATE
-        ),
-        LanguageStage(
-            "settle", 300, 8, _WEAK, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, early_layers=2, **LATE
+            "settle", 300, 8, _WEAK, codes, packer, visual=40, rate_peak=1e-3, decay_share=0.2, **_LATE_SHALLOW
         ),
     ]
 
@@ -70,14 +73,26 @@ def shallow_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
 def deep_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
     """Full depth: a short while on oracle tokens, then real images with all 576 tokens."""
     return [
-        LanguageStage("deep", 60, 8, _ALL, codes, packer, visual=40, rate_peak=6e-4, decay_share=0.2, **LATE),
+        LanguageStage("deep", 60, 8, _ALL, codes, packer, visual=40, rate_peak=6e-4, decay_share=0.2, **_LATE),
         LanguageStage(
             "images", 100, 4, _ALL, codes, packer, questions=16, visual=None, oracle=False, rate_peak=6e-4,
-            decay_share=0.8, **LATE,
+            decay_share=0.8, **_LATE,
         ),
-        # Methods and users run the model with nothing hidden.
+    ]  # fmt: skip
+
+
+def reading_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
+    """A model that answers already learns the varied world and where in its depth to read: few oracle tokens first."""
+    return [
+        LanguageStage("move", 450, 8, _VARIED, codes, packer, visual=72, rate_peak=1e-3, decay_share=0.2, **_LATE),
+    ]
+
+
+def whole_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
+    """The trained tower's own tokens, all 576 of them."""
+    return [
         LanguageStage(
-            "open", 40, 4, _STATEMENTS, codes, packer, questions=16, visual=None, oracle=False, rate_peak=5e-4,
-            decay_share=0.9, hide_early=0.25, gate_weight=0.3,
+            "whole", 500, 4, _VARIED, codes, packer, questions=20, visual=None, oracle=False, rate_peak=6e-4,
+            decay_share=0.8, **_LATE,
         ),
     ]  # fmt: skip

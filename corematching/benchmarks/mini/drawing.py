@@ -8,12 +8,22 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from corematching.benchmarks.mini.backgrounds import LOOKS, draw_background
-from corematching.benchmarks.mini.scenes import COLOURS, GRID, ODD_COLOURS, PATCH, SPLITS, Distractor, Scene, SceneObject
+from corematching.benchmarks.mini.scenes import (
+    COLOURS,
+    GRID,
+    ODD_COLOURS,
+    PATCH,
+    SPLITS,
+    Distractor,
+    Scene,
+    SceneObject,
+)
 
 DISTRACTOR = len(LOOKS)
 """Number that stands for a distractor among the looks of patches."""
 _HELD_OUT_DIGITS = 5  # every fifth handwritten digit belongs to the test split
 _NOISE = 5.0
+
 
 def render(scene: Scene) -> Image.Image:
     """The scene as a 336 x 336 RGB image; equal scenes give equal pixels."""
@@ -43,9 +53,7 @@ def ground_of(scene: Scene, grid: int = GRID) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=16)
-def _ground(
-    seed: int, split: str, distractors: tuple[Distractor, ...], grid: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _ground(seed: int, split: str, distractors: tuple[Distractor, ...], grid: int) -> tuple[np.ndarray, np.ndarray]:
     canvas, looks = draw_background(np.random.default_rng([seed, SPLITS.index(split)]), grid)
     for item in distractors:
         rows, cols = (slice(at, at + item.side) for at in (item.row, item.col))

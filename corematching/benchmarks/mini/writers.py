@@ -17,9 +17,9 @@ from pathlib import Path
 from PIL import Image
 
 from corematching.benchmarks.data import cache_home
+from corematching.benchmarks.mini.drawing import render
 from corematching.benchmarks.mini.files import MANIFEST, Files, Row, intact, publish
 from corematching.benchmarks.mini.questions import MME_SUBTASKS, Question, questions_for
-from corematching.benchmarks.mini.drawing import render
 from corematching.benchmarks.mini.scenes import Scene, make_scene
 from corematching.errors import UserError
 

@@ -1,0 +1,147 @@
+"""Packed batches through the language model, and the layers in which text may read its image.
+
+In real models of this kind the image is read in the middle of the stack: shallow layers find out what is asked and
+where to look, deep ones turn what was read into an answer. A model that is small and trained from such clean codes
+reads at once, in its first layers. Hiding the image there does not last: shown at the end, it is read there again.
+
+So training lies to the text outside the reading layers. Below them text sees the keys of its own image but the values
+of a *twin*, a scene with the same layout and other contents: attention may learn where things are, never what they
+are. Above them it sees keys and values of some other image of the batch. Text learns to take nothing from the image
+there, and inference, with nothing swapped, is stock.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from corematching.benchmarks.mini.scenes import COLOURS, DIGITS, SHAPES, TEXTURES, WORDS, Scene
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Images with packed questions; T = prefix + visual tokens + padded question blocks.
+
+    Attributes
+    ----------
+    scenes : list of Scene
+    index : LongTensor (n, visual)
+        Raster index of each visual token, ascending.
+    prefix : LongTensor (prefix,)
+        Token ids before the image.
+    text : LongTensor (n, text)
+        Token ids of the blocks.
+    positions : LongTensor (n, T)
+    mask : BoolTensor (n, 1, text, T)
+        True where a text row may see a column; the rows before are causal.
+    targets, hidden_targets : LongTensor (n, text)
+        Next token to predict at the output, and the open answer's word at the middle layer, ``IGNORED`` elsewhere.
+    owner : LongTensor (n, text)
+        Number of the block that a text token belongs to, -1 for padding.
+    names : list of list of str
+        Family of each block, with a ``+`` for lettered choices.
+    """
+
+    scenes: list[Scene]
+    index: Tensor
+    prefix: Tensor
+    text: Tensor
+    positions: Tensor
+    mask: Tensor
+    targets: Tensor
+    hidden_targets: Tensor
+    owner: Tensor
+    names: list[list[str]]
+
+    def to(self, device: str | torch.device) -> PackedBatch:
+        """A copy with all tensors on a device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return PackedBatch(**{**vars(self), **tensors})
+
+
+@dataclass(frozen=True)
+class ReadingLayers:
+    """Decoder layers ``first`` to ``stop - 1`` show text its own image; the batch is scenes, then their twins.
+
+    At least two scenes, so that each has a stranger.
+    """
+
+    first: int
+    stop: int
+
+    def sources(self, layer: int, n: int) -> tuple[Tensor, Tensor] | None:
+        """From which row of the batch each row's text sees visual keys and values; None where from its own."""
+        if self.first <= layer < self.stop:
+            return None
+        rows, half = torch.arange(n), n // 2
+        if layer < self.first:
+            return rows, (rows + half) % n
+        stranger = (rows + 1) % half + rows // half * half
+        return stranger, stranger
+
+
+def twin_of(scene: Scene, rng: random.Random) -> Scene:
+    """The same places, sizes, categories and background; other colours, kinds and textures."""
+    colours, words = rng.sample(tuple(COLOURS), len(scene.objects)), rng.sample(WORDS, len(scene.objects))
+    objects = tuple(
+        replace(
+            item,
+            colour=colour,
+            kind={"shape": rng.choice(SHAPES), "digit": rng.choice(DIGITS), "word": word}[item.category],
+            texture=rng.choice(TEXTURES) if item.category == "shape" and item.width > 1 else "plain",
+            variant=rng.randrange(10_000),
+        )
+        for item, colour, word in zip(scene.objects, colours, words)
+    )
+    return replace(scene, objects=objects)
+
+
+def run_layers(
+    model, batch: PackedBatch, visual: Tensor, middle: int, reading: ReadingLayers | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of the text blocks at the middle layer and at the end, each (n, text, width).
+
+    Without `reading`, logits are those of the stock model (a test compares them).
+    """
+    language = model.model.language_model
+    embed = language.embed_tokens
+    n, front, start = len(batch.text), len(batch.prefix), len(batch.prefix) + visual.shape[1]
+    hidden = torch.cat([embed(batch.prefix).expand(n, -1, -1), visual, embed(batch.text)], dim=1)
+    rotary = language.rotary_emb(hidden, position_ids=batch.positions)
+    at_middle = hidden
+    for number, layer in enumerate(language.layers):
+        sources = reading.sources(number, n) if reading else None
+        hidden = hidden + _attend(layer, hidden, rotary, batch.mask, slice(front, start), sources)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        if number + 1 == middle:
+            at_middle = hidden
+    return at_middle[:, start:], hidden[:, start:]
+
+
+def _attend(
+    layer, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, image: slice,
+    sources: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """The attention half of a decoder layer; text rows see the visual keys and values of the rows `sources`."""
+    attention = layer.self_attn
+    inputs = layer.input_layernorm(hidden)
+    query, key, value = (
+        projection(inputs).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, *rotary)
+    attend, stop = nn.functional.scaled_dot_product_attention, image.stop
+    before = attend(query[:, :, :stop], key[:, :, :stop], value[:, :, :stop], is_causal=True)
+    if sources is not None:
+        key, value = (
+            torch.cat([own[:, :, : image.start], own[rows][:, :, image], own[:, :, stop:]], dim=2)
+            for own, rows in zip((key, value), sources)
+        )
+    text = attend(query[:, :, stop:], key, value, attn_mask=mask)
+    return attention.o_proj(torch.cat([before, text], dim=2).transpose(1, 2).flatten(2))
