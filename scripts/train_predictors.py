@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from corematching.answering import conversation
-from corematching.benchmarks.mini.questions import questions_for
 from corematching.benchmarks.mini.drawing import render
+from corematching.benchmarks.mini.questions import questions_for
 from corematching.benchmarks.mini.scenes import make_scene
 from corematching.engine.predictors import FILE_NAME, save_predictors
 from corematching.errors import UserError

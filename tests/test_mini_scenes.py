@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from corematching.benchmarks.mini.drawing import DISTRACTOR, digit_drawings, ground_of, render
 from corematching.benchmarks.mini.families import FAMILIES, MME_SUBTASKS, POOLS
 from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, UNANSWERABLE, questions_for
-from corematching.benchmarks.mini.drawing import digit_drawings, render
-from corematching.benchmarks.mini.scenes import COLOURS, IMAGE_SIZE, PATCH, make_scene
+from corematching.benchmarks.mini.scenes import COLOURS, GRID, IMAGE_SIZE, PATCH, make_scene
 
 SCENES = [make_scene(seed, "test") for seed in range(300)]
 
@@ -43,19 +43,38 @@ def test_unknown_names_are_refused_in_one_line():
         questions_for("coco", SCENES[0], random.Random(0))
 
 
-def test_objects_keep_apart_and_have_their_own_colours():
+def test_objects_have_their_own_colours_and_all_things_keep_apart():
     for scene in SCENES:
-        assert 3 <= len(scene.objects) <= 6
+        assert 4 <= len(scene.objects) <= 7
         assert len({item.colour for item in scene.objects}) == len(scene.objects)
-        for one in scene.objects:
-            for other in scene.objects:
-                apart = (
-                    one.col + one.width < other.col
-                    or other.col + other.width < one.col
-                    or one.row + one.height < other.row
-                    or other.row + other.height < one.row
+        taken = [(item.col, item.row, item.width, item.height) for item in scene.objects]
+        taken += [(item.col, item.row, item.side, item.side) for item in scene.distractors]
+        for i, (col, row, width, height) in enumerate(taken):
+            assert 0 <= col <= GRID - width
+            assert 0 <= row <= GRID - height
+            for other_col, other_row, other_width, other_height in taken[:i]:
+                assert (
+                    col + width < other_col
+                    or other_col + other_width < col
+                    or row + height < other_row
+                    or other_row + other_height < row
                 )
-                assert one is other or apart
+
+
+def test_objects_are_one_to_six_patches_wide_and_distractors_common():
+    assert {item.width for scene in SCENES for item in scene.objects} == set(range(1, 7))
+    assert all(2 <= len(scene.distractors) <= 6 for scene in SCENES[:50])
+    for scene in SCENES:
+        assert not {item.colour for item in scene.distractors} & set(COLOURS)
+
+
+def test_backgrounds_vary_within_and_between_images():
+    looks = [ground_of(scene)[1] for scene in SCENES[:60]]
+    assert {int(look) for one in looks for look in np.unique(one)} == set(range(DISTRACTOR + 1))
+    backgrounds = [one[one < DISTRACTOR] for one in looks]
+    assert np.mean([len(np.unique(one)) > 1 for one in backgrounds]) > 0.4
+    tints = np.array([ground_of(scene)[0].mean((0, 1)) for scene in SCENES[:60]])
+    assert tints.std(0).min() > 10
 
 
 def test_an_object_is_drawn_in_its_colour_inside_its_box():

@@ -17,7 +17,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def inputs(tiny):
     from corematching.benchmarks.mini.drawing import render
-from corematching.benchmarks.mini.scenes import make_scene
+    from corematching.benchmarks.mini.scenes import make_scene
 
     _, processor = tiny
     images: list[Image.Image] = [render(make_scene(seed, "test")) for seed in (0, 1)]

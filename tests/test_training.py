@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from corematching.benchmarks.mini.drawing import ground_of, render, render_array
 from corematching.benchmarks.mini.questions import BENCHMARK_FAMILIES, questions_for
-from corematching.benchmarks.mini.drawing import render, render_array
 from corematching.benchmarks.mini.scenes import GRID, make_scene
 from corematching.training.architecture import TinyShape, build_model, deepen
 from corematching.training.card import model_card
@@ -15,10 +15,11 @@ from corematching.training.cli import main
 from corematching.training.codes import ATTRIBUTES, CodeBook, PatchLabels
 from corematching.training.evaluate import evaluate
 from corematching.training.export import build_processor
-from corematching.training.language import IGNORED, LanguageStage, Mix, Packer, choose_patches, run_layers
+from corematching.training.language import LanguageStage, Mix, Packer, choose_patches
 from corematching.training.loop import Schedule, Track
 from corematching.training.prompts import user_prompt
-from corematching.training.vision import VisionStage, pixels, vision_batch, visual_features
+from corematching.training.reading import IGNORED, ReadingLayers, run_layers, twin_of
+from corematching.training.vision import VisionStage, pixels, summary_loss, vision_batch, visual_features
 from corematching.training.vocabulary import SYSTEM, build_tokenizer
 
 MICRO = TinyShape(layers=2, ffn=32, vision_layers=3, vision_ffn=32)
@@ -51,7 +52,7 @@ def vision_stage(codes):
 def language_stage(codes, packer):
     mix = Mix({"gqa": 1, "seedbench": 1})
     return LanguageStage(
-        "few", 4, 2, mix, codes, packer, questions=2, visual=16, hide_early=0.5, early_layers=1, gate_weight=0.1
+        "few", 4, 4, mix, codes, packer, questions=2, visual=16, reading=ReadingLayers(1, 2), gate_weight=0.1
     )
 
 
@@ -98,7 +99,7 @@ def _pictures(count):
 
 def test_the_visual_code_can_be_read_back(codes):
     scenes = [make_scene(seed, "test") for seed in range(20)]
-    labels = PatchLabels.of([scene.objects for scene in scenes])
+    labels = PatchLabels.of(scenes)
     index = torch.arange(GRID * GRID).expand(len(scenes), -1)
     tokens = codes.visual_tokens(labels, index // GRID, index % GRID)
     for name in ATTRIBUTES:
@@ -108,7 +109,7 @@ def test_the_visual_code_can_be_read_back(codes):
 
 
 def test_few_patches_are_those_of_objects_first():
-    labels = PatchLabels.of([make_scene(1, "test").objects])
+    labels = PatchLabels.of([make_scene(1, "test")])
     on_object = labels.values["colour"][0] >= 0
     index = choose_patches(labels, int(on_object.sum()) + 3, torch.Generator().manual_seed(0))
     assert set(on_object.nonzero()[:, 0].tolist()) < set(index[0].tolist())
@@ -123,7 +124,7 @@ def test_packed_questions_answer_like_single_prompts(model, tokenizer, packer):
     whole = torch.arange(GRID * GRID)[None]
     batch = packer.pack([scene], whole, [drawn], random.Random(1))
     visual = visual_features(model, pixels(_pictures(6)[5:]))
-    _, last = run_layers(model, batch, visual, 1, hidden_layers=0)
+    _, last = run_layers(model, batch, visual, 1)
     packed = model.lm_head(model.model.language_model.norm(last))[0]
     processor = build_processor(tokenizer)
     at = 0
@@ -139,13 +140,34 @@ def test_packed_questions_answer_like_single_prompts(model, tokenizer, packer):
 
 
 @torch.no_grad()
-def test_hiding_early_keeps_the_image_from_the_first_layers_only(model, codes, packer):
+def test_text_meets_its_own_image_in_the_reading_layers_only(model, codes, packer):
+    """Below them it sees its own keys with the twin's values, above them a stranger's keys and values."""
     stage = language_stage(codes, packer)
     batch, visual = stage.packed(model, random.Random(0))
-    shown, _ = run_layers(model, batch, visual, 1, hidden_layers=1)
-    other, _ = run_layers(model, batch, visual + 1, 1, hidden_layers=1)
-    assert torch.equal(shown, other)
-    assert not torch.equal(shown, run_layers(model, batch, visual, 1, hidden_layers=0)[0])
+
+    def moved(layers, row, changed):
+        """Whether the text of `row` changes when the visual tokens of `changed` do."""
+        other = visual.clone()
+        other[changed] = visual[changed].flip(0) + 1
+        one, two = (run_layers(model, batch, v, 1, layers)[1][row] for v in (visual, other))
+        return not torch.equal(one, two)
+
+    everywhere, above, below = ReadingLayers(0, 2), ReadingLayers(0, 0), ReadingLayers(2, 2)
+    assert [moved(everywhere, 0, [row]) for row in range(4)] == [True, False, False, False]
+    assert [moved(above, 0, [row]) for row in range(4)] == [False, True, False, False]
+    assert [moved(below, 0, [row]) for row in range(4)] == [True, False, True, False]
+
+
+def test_twins_share_the_layout_and_nothing_that_is_asked(model, codes, packer):
+    rng = random.Random(0)
+    for seed in range(20):
+        scene = make_scene(seed, "train")
+        twin = twin_of(scene, rng)
+        places = [(item.category, item.size, item.box) for item in scene.objects]
+        assert places == [(item.category, item.size, item.box) for item in twin.objects]
+        assert [item.colour for item in scene.objects] != [item.colour for item in twin.objects]
+        assert len({item.colour for item in twin.objects}) == len(twin.objects)
+        assert (ground_of(scene)[0] == ground_of(twin)[0]).all()
 
 
 @pytest.mark.parametrize("kind", ["vision", "language"])
@@ -204,6 +226,15 @@ def test_evaluation_counts_every_question_and_names_its_conditions(model, codes,
         evaluate(model, packer, codes, "grey")
 
 
+def test_the_summary_asks_which_colours_and_kinds_are_there(codes):
+    labels = PatchLabels.of([make_scene(0, "test")])
+    exact = sum(truth @ codes.attribute_codes(name) * 7 for name, truth in labels.present.items())
+    loss, found = summary_loss(exact, labels, codes)
+    assert found == 1
+    assert loss < 0.1
+    assert summary_loss(torch.zeros_like(exact), labels, codes)[0] > 3 * loss
+
+
 def test_the_schedule_rises_stays_and_falls():
     schedule = Schedule(100, warmup=10, decay_share=0.5)
     assert schedule(0) == pytest.approx(0.1)
@@ -213,9 +244,14 @@ def test_the_schedule_rises_stays_and_falls():
 
 def test_the_command_line_refuses_what_it_would_overwrite_or_lacks(tmp_path, capsys):
     (tmp_path / "vision.pt").touch()
-    for tracks, message in (("vision", "give --resume to go on"), ("deep", "needs the finished vision track")):
+    refusals = {
+        "vision": "give --resume to go on",
+        "deep": "needs the finished vision track",
+        "whole": "the whole track needs the finished sight track",
+    }
+    for tracks, message in refusals.items():
         with pytest.raises(SystemExit) as stop:
-            main(["--out", str(tmp_path), "--tracks", tracks, *(["--resume"] if tracks == "deep" else [])])
+            main(["--out", str(tmp_path), "--tracks", tracks, *(["--resume"] if tracks != "vision" else [])])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
         (tmp_path / "vision.pt").unlink(missing_ok=True)

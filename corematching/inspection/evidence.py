@@ -98,9 +98,9 @@ def about_model(model: Any, *facts: str) -> About:
 
 def mini_examples(images: int = 3, questions: int = 2, seed: int = 0) -> list[Example]:
     """Questions of the bundled GQA about test scenes: ``questions`` of them for each of ``images`` scenes."""
+    from corematching.benchmarks.mini.drawing import render as draw
     from corematching.benchmarks.mini.questions import questions_for
     from corematching.benchmarks.mini.scenes import make_scene
-    from corematching.benchmarks.mini.drawing import render as draw
 
     found = []
     for number in range(images):

@@ -52,8 +52,8 @@ def vision_stages(codes: CodeBook) -> list[VisionStage]:
 def sight_stages(codes: CodeBook) -> list[VisionStage]:
     """The tower that reads plain pictures meets varied backgrounds, distractors, sizes, and sums up in [CLS]."""
     return [
-        VisionStage("varied", 3000, 8, 12, codes, muon_rate=0.006, adam_rate=6e-4, digits=0.35),
-        VisionStage("varied whole", 900, 3, 24, codes, muon_rate=0.004, adam_rate=4e-4, digits=0.35),
+        VisionStage("varied", 2400, 8, 12, codes, muon_rate=0.006, adam_rate=6e-4, digits=0.35),
+        VisionStage("varied whole", 600, 3, 24, codes, muon_rate=0.004, adam_rate=4e-4, digits=0.35),
     ]
 
 
@@ -84,7 +84,7 @@ def deep_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
 def reading_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
     """A model that answers already learns the varied world and where in its depth to read: few oracle tokens first."""
     return [
-        LanguageStage("move", 450, 8, _VARIED, codes, packer, visual=72, rate_peak=1e-3, decay_share=0.2, **_LATE),
+        LanguageStage("move", 250, 8, _VARIED, codes, packer, visual=72, rate_peak=1e-3, decay_share=0.2, **_LATE),
     ]
 
 
