@@ -262,3 +262,5 @@ def test_the_card_tells_times_and_tables(model):
     assert "| vision: quarter | 61 |" in card
     assert "6.6 million parameters" in card
     assert "| a | b |" in card
+    assert "made from nothing" in card
+    assert "goes on from a friend" in model_card(model.config, 1, {}, 1, "", "a friend")

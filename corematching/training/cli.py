@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and of the model, tiny_llava")
     parser.add_argument("--start", type=Path, help="folder of a saved tiny model to go on from, instead of nothing")
+    parser.add_argument("--origin", default="an earlier tiny model", help="what the model card calls --start")
     parser.add_argument("--tracks", nargs="+", choices=TRACKS, help="what to train (default: all that are needed)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in the folder")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1; run two tracks side by side)")
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         for name in TRACKS:
             if name in wanted:
                 train(name, args.out, args.start, args.resume, args.seed, args.device)
+        if "whole" in wanted:
+            finish(args.out, args.origin if args.start else None)
     except UserError as error:
         print(f"train_tiny: {error}", file=sys.stderr)
         sys.exit(2)
@@ -78,8 +81,6 @@ def train(name: str, out: Path, start: Path | None, resume: bool, seed: int, dev
     model.to(device)  # type: ignore[arg-type]  # transformers types this as a bound function
     codes.to(device)
     Track(name, stages_of(name, codes, packer), out, partial(print, flush=True)).run(model)
-    if name == "whole":
-        finish(model.cpu(), tokenizer, out)  # type: ignore[arg-type]
 
 
 def stages_of(name: str, codes: CodeBook, packer: Packer) -> Sequence[Stage]:
@@ -133,9 +134,12 @@ def _seeing(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if "vision_tower" in name or "multi_modal_projector" in name}
 
 
-def finish(model, tokenizer, out: Path) -> None:
+def finish(out: Path, origin: str | None) -> None:
     """Save the trained model with its card in ``out/tiny_llava``."""
     folder = out / "tiny_llava"
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, CodeBook(tokenizer, TinyShape().width), TinyShape())
+    model.load_state_dict(_finished("whole", "exported", out))
     export(model, tokenizer, folder)
     seconds: dict[str, float] = {}
     for name in TRACKS:
@@ -143,7 +147,7 @@ def finish(model, tokenizer, out: Path) -> None:
             done = torch.load(out / f"{name}.pt", weights_only=True)["done"]
             seconds |= {f"{name}: {stage}": value for stage, value in done.items()}
     parameters = sum(weight.numel() for weight in model.parameters())
-    card = model_card(model.config, parameters, seconds, torch.get_num_threads(), report(folder))
+    card = model_card(model.config, parameters, seconds, torch.get_num_threads(), report(folder), origin)
     files.write(folder / "README.md", card)
     print(card)
 

@@ -89,10 +89,9 @@ def reading_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
 
 
 def whole_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
-    """The trained tower's own tokens, all 576 of them."""
+    """The trained tower's own tokens: first those of objects and some of the background, then all 576."""
+    real: dict[str, Any] = {"oracle": False, **_LATE}
     return [
-        LanguageStage(
-            "whole", 500, 4, _VARIED, codes, packer, questions=20, visual=None, oracle=False, rate_peak=6e-4,
-            decay_share=0.8, **_LATE,
-        ),
-    ]  # fmt: skip
+        LanguageStage("seen", 160, 8, _VARIED, codes, packer, questions=12, visual=160, rate_peak=6e-4, **real),
+        LanguageStage("all", 160, 4, _VARIED, codes, packer, questions=20, visual=None, rate_peak=5e-4, **real),
+    ]

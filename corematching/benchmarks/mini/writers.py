@@ -23,6 +23,8 @@ from corematching.benchmarks.mini.questions import MME_SUBTASKS, Question, quest
 from corematching.benchmarks.mini.scenes import Scene, make_scene
 from corematching.errors import UserError
 
+VERSION = 2
+"""Of the suite: 1 had grey backgrounds, three to six objects of two to four patches and no distractors."""
 _SCENES_PER_SEED = 1_000_000
 _LETTERS = "ABCD"
 _VIDEO_FRAMES = 3
@@ -59,7 +61,7 @@ def version_at_hand(folder: str, n: int, seed: int) -> str | None:
 
 def _version(dataset: Path, n: int, seed: int) -> str:
     manifest = json.loads((dataset / MANIFEST).read_text(encoding="utf-8"))
-    return f"mini-n{n}-s{seed}-{manifest['content'][:12]}"
+    return f"mini{VERSION}-n{n}-s{seed}-{manifest['content'][:12]}"
 
 
 def _suite(n: int, seed: int) -> Path:
