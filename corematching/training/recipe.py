@@ -53,7 +53,7 @@ def sight_stages(codes: CodeBook) -> list[VisionStage]:
     """The tower that reads plain pictures meets varied backgrounds, distractors, sizes, and sums up in [CLS]."""
     return [
         VisionStage("varied", 2400, 8, 12, codes, muon_rate=0.006, adam_rate=6e-4, digits=0.35),
-        VisionStage("varied whole", 600, 3, 24, codes, muon_rate=0.004, adam_rate=4e-4, digits=0.35),
+        VisionStage("varied whole", 300, 3, 24, codes, muon_rate=0.004, adam_rate=4e-4, digits=0.35),
     ]
 
 
@@ -82,16 +82,20 @@ def deep_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
 
 
 def reading_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
-    """A model that answers already learns the varied world and where in its depth to read: few oracle tokens first."""
+    """A model that answers already learns where in its depth to read the varied world: few oracle tokens, then all."""
     return [
         LanguageStage("move", 250, 8, _VARIED, codes, packer, visual=72, rate_peak=1e-3, decay_share=0.2, **_LATE),
+        LanguageStage(
+            "crowd", 60, 4, _VARIED, codes, packer, questions=20, visual=None, rate_peak=5e-4, decay_share=0.3, **_LATE
+        ),
     ]
 
 
 def whole_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
-    """The trained tower's own tokens: first those of objects and some of the background, then all 576."""
-    real: dict[str, Any] = {"oracle": False, **_LATE}
+    """The trained tower's own tokens, all 576."""
     return [
-        LanguageStage("seen", 160, 8, _VARIED, codes, packer, questions=12, visual=160, rate_peak=6e-4, **real),
-        LanguageStage("all", 160, 4, _VARIED, codes, packer, questions=20, visual=None, rate_peak=5e-4, **real),
-    ]
+        LanguageStage(
+            "all", 160, 4, _VARIED, codes, packer, questions=20, visual=None, oracle=False, rate_peak=5e-4,
+            decay_share=0.8, **_LATE,
+        ),
+    ]  # fmt: skip
