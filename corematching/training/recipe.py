@@ -95,7 +95,7 @@ def whole_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
     """The trained tower's own tokens, all 576."""
     return [
         LanguageStage(
-            "all", 160, 4, _VARIED, codes, packer, questions=20, visual=None, oracle=False, rate_peak=5e-4,
+            "all", 100, 4, _VARIED, codes, packer, questions=20, visual=None, oracle=False, rate_peak=5e-4,
             decay_share=0.8, **_LATE,
         ),
     ]  # fmt: skip
