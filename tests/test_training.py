@@ -15,7 +15,7 @@ from corematching.training.cli import main
 from corematching.training.codes import ATTRIBUTES, CodeBook, PatchLabels
 from corematching.training.evaluate import evaluate
 from corematching.training.export import build_processor
-from corematching.training.language import LanguageStage, Mix, Packer, choose_patches
+from corematching.training.language import LanguageStage, Mix, Packer, choose_patches, where_loss
 from corematching.training.loop import Schedule, Track
 from corematching.training.prompts import user_prompt
 from corematching.training.reading import IGNORED, ReadingLayers, run_layers, twin_of
@@ -52,7 +52,17 @@ def vision_stage(codes):
 def language_stage(codes, packer):
     mix = Mix({"gqa": 1, "seedbench": 1})
     return LanguageStage(
-        "few", 4, 4, mix, codes, packer, questions=2, visual=16, reading=ReadingLayers(1, 2), gate_weight=0.1
+        "few",
+        4,
+        4,
+        mix,
+        codes,
+        packer,
+        questions=2,
+        visual=16,
+        reading=ReadingLayers(1, 2),
+        gate_weight=0.1,
+        where_weight=0.1,
     )
 
 
@@ -124,7 +134,7 @@ def test_packed_questions_answer_like_single_prompts(model, tokenizer, packer):
     whole = torch.arange(GRID * GRID)[None]
     batch = packer.pack([scene], whole, [drawn], random.Random(1))
     visual = visual_features(model, pixels(_pictures(6)[5:]))
-    _, last = run_layers(model, batch, visual, 1)
+    _, last = run_layers(model, batch, visual)
     packed = model.lm_head(model.model.language_model.norm(last))[0]
     processor = build_processor(tokenizer)
     at = 0
@@ -149,13 +159,30 @@ def test_text_meets_its_own_image_in_the_reading_layers_only(model, codes, packe
         """Whether the text of `row` changes when the visual tokens of `changed` do."""
         other = visual.clone()
         other[changed] = visual[changed].flip(0) + 1
-        one, two = (run_layers(model, batch, v, 1, layers)[1][row] for v in (visual, other))
+        one, two = (run_layers(model, batch, v, layers)[1][row] for v in (visual, other))
         return not torch.equal(one, two)
 
     everywhere, above, below = ReadingLayers(0, 2), ReadingLayers(0, 0), ReadingLayers(2, 2)
     assert [moved(everywhere, 0, [row]) for row in range(4)] == [True, False, False, False]
     assert [moved(above, 0, [row]) for row in range(4)] == [False, True, False, False]
     assert [moved(below, 0, [row]) for row in range(4)] == [True, False, True, False]
+
+
+def test_where_is_asked_of_questions_about_one_object(model, tokenizer, packer):
+    """The last token before the answer is told left or right, top or bottom; other questions are left out."""
+    scene, rng = make_scene(0, "train"), random.Random(0)
+    drawn = [("gqa", question) for question in questions_for("gqa", scene, rng)]
+    batch = packer.pack([scene], torch.arange(4)[None], [drawn], rng)
+    asked = [question.boxes[0] for _, question in drawn if len(question.boxes) == 1]
+    spots = batch.spots[batch.spots[..., 0] != IGNORED]
+    told = [tokenizer.decode(pair) for pair in spots]
+    assert told == [
+        f"{'left' if x0 + x1 < 336 else 'right'} {'top' if y0 + y1 < 336 else 'bottom'}" for x0, y0, x1, y1 in asked
+    ]
+    sure = torch.zeros(1, batch.text.shape[1], model.config.text_config.hidden_size)
+    sure[batch.spots[..., 0] != IGNORED] = model.lm_head.weight[spots].sum(1)
+    assert where_loss(model, sure, batch.spots)[1] == 1
+    assert where_loss(model, sure, torch.full_like(batch.spots, IGNORED))[0] == 0
 
 
 def test_twins_share_the_layout_and_nothing_that_is_asked(model, codes, packer):

@@ -91,7 +91,7 @@ def evaluate(
         for start in range(0, len(asked), _PACKED):
             part = asked[start : start + _PACKED]
             batch = packer.pack([scene], chosen, [part], random.Random(f"{seed}:{index}:{start}"))
-            _, last = run_layers(model, batch, visual, 1)
+            _, last = run_layers(model, batch, visual)
             guesses = model.lm_head(model.model.language_model.norm(last)).argmax(-1)[0]
             for (name, question), right in zip(part, _right(guesses, batch.targets[0])):
                 tallies[name, question.family] += Tally(int(right), 1)

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from corematching.benchmarks.mini.drawing import render_array
 from corematching.benchmarks.mini.families import POOLS, Question
 from corematching.benchmarks.mini.questions import LETTERS, questions_for
-from corematching.benchmarks.mini.scenes import GRID, Scene, make_scene
+from corematching.benchmarks.mini.scenes import GRID, IMAGE_SIZE, Scene, make_scene
 from corematching.training.codes import CodeBook, PatchLabels
 from corematching.training.loop import Schedule
 from corematching.training.prompts import VARIANTS, user_prompt
@@ -56,6 +56,16 @@ def echo_question(rng: random.Random) -> Question:
     return Question(ECHO, f"What is {choices[index]}?", LETTERS[index], choices, index, meta=meta)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Token ids of one question with its answer, and one target of each kind for each of them."""
+
+    ids: list[int]
+    targets: list[int]
+    hidden_targets: list[int]
+    spots: list[list[int]]
+
+
 class Packer:
     """Turns scenes and questions into packed batches.
 
@@ -72,47 +82,54 @@ class Packer:
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def block(self, benchmark: str, question: Question, rng: random.Random) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of a question with its answer, their targets, and the middle layer's targets."""
+    def block(self, benchmark: str, question: Question, rng: random.Random) -> Block:
+        """A question with its answer as token ids, and what is to be predicted where."""
         variant = VARIANTS[rng.random() < 0.25]
         prompt = self._ids(user_prompt(benchmark, question, variant, chinese=rng.random() < 0.15) + " ASSISTANT:")
         answer = [*self._ids(question.answer), self._eos]
         ids = prompt + answer[:-1]
-        targets = [IGNORED] * (len(prompt) - 1) + answer
-        hidden = [IGNORED] * len(ids)
+        before = [IGNORED] * (len(prompt) - 1)
+        after = [IGNORED] * (len(answer) - 1)
         word = self._ids(question.meta.get("word", question.answer))
-        if len(word) == 1:
-            hidden[len(prompt) - 1] = word[0]
-        return ids, targets, hidden
+        spot = [IGNORED] * 2
+        if len(question.boxes) == 1:
+            x0, y0, x1, y1 = question.boxes[0]
+            spot = self._ids(f"{('left', 'right')[x0 + x1 >= IMAGE_SIZE]} {('top', 'bottom')[y0 + y1 >= IMAGE_SIZE]}")
+        return Block(
+            ids,
+            targets=before + answer,
+            hidden_targets=[*before, word[0] if len(word) == 1 else IGNORED, *after],
+            spots=[[IGNORED] * 2] * len(before) + [spot] + [[IGNORED] * 2] * len(after),
+        )
 
     def pack(self, scenes: list[Scene], index: Tensor, drawn: list[list[tuple[str, Question]]], rng) -> PackedBatch:
         """Pack each scene's questions behind its visual tokens `index` (n, visual)."""
         blocks = [[self.block(*pair, rng) for pair in pairs] for pairs in drawn]
-        length = max(sum(len(ids) for ids, *_ in row) for row in blocks)
+        length = max(sum(len(block.ids) for block in row) for row in blocks)
         n, visual, front = len(scenes), index.shape[1], len(self.prefix)
         total = front + visual + length
         text = torch.full((n, length), self._pad)
         targets, hidden = torch.full((n, length), IGNORED), torch.full((n, length), IGNORED)
+        spots = torch.full((n, length, 2), IGNORED)
         positions = torch.zeros(n, total, dtype=torch.long)
         positions[:, :front] = torch.arange(front)
         positions[:, front : front + visual] = front + index
         owner = torch.full((n, length), -1)
         for i, row in enumerate(blocks):
             at = 0
-            for b, (ids, goal, middle) in enumerate(row):
-                span = slice(at, at + len(ids))
-                text[i, span], targets[i, span], hidden[i, span] = map(torch.tensor, (ids, goal, middle))
+            for b, block in enumerate(row):
+                span = slice(at, at + len(block.ids))
+                text[i, span], targets[i, span] = torch.tensor(block.ids), torch.tensor(block.targets)
+                hidden[i, span], spots[i, span] = torch.tensor(block.hidden_targets), torch.tensor(block.spots)
                 owner[i, span] = b
-                start = front + GRID * GRID
-                positions[i, front + visual + at : front + visual + at + len(ids)] = torch.arange(
-                    start, start + len(ids)
-                )
-                at += len(ids)
+                places = torch.arange(len(block.ids)) + front + GRID * GRID
+                positions[i, front + visual + at : front + visual + at + len(block.ids)] = places
+                at += len(block.ids)
         mask = torch.ones(total, total).tril().bool()[front + visual :].repeat(n, 1, 1)
         mask[:, :, front + visual :] &= owner[:, :, None] == owner[:, None, :]
         prefix = torch.tensor(self.prefix)
         names = [[question.family + "+" * bool(question.choices) for _, question in pairs] for pairs in drawn]
-        return PackedBatch(scenes, index, prefix, text, positions, mask[:, None], targets, hidden, owner, names)
+        return PackedBatch(scenes, index, prefix, text, positions, mask[:, None], targets, hidden, spots, owner, names)
 
 
 def choose_patches(labels: PatchLabels, count: int | None, generator: torch.Generator) -> Tensor:
@@ -170,8 +187,9 @@ class LanguageStage:
     rate_peak, decay_share : float
     reading : ReadingLayers or None
         Layers in which text sees its own image; None: in all. With it, half of the batch are twins of the other half.
-    gate_weight, middle_weight : float
-        Weights of the gate penalty and of the middle layer's answer.
+    gate_weight, middle_weight, where_weight : float
+        Weights of the gate penalty, of the middle layer's answer, and of where the object asked about lies, which the
+        last token should know after every layer from the second up to the reading layers.
     """
 
     name: str
@@ -188,6 +206,7 @@ class LanguageStage:
     reading: ReadingLayers | None = None
     gate_weight: float = 0.0
     middle_weight: float = 0.5
+    where_weight: float = 0.0
 
     def start(self, model) -> list[torch.optim.Optimizer]:
         """AdamW on the language model and the output layer."""
@@ -205,8 +224,9 @@ class LanguageStage:
         middle = math.ceil(len(model.model.language_model.layers) * 0.6)
         text = batch.text.shape[1]
         with GatePenalty(model, text) as gates, torch.autocast(batch.text.device.type, torch.bfloat16):
-            at_middle, last = run_layers(model, batch, visual, middle, self.reading)
-        at_middle, last, norm = at_middle.float(), last.float(), model.model.language_model.norm
+            early = range(2, self.reading.first + 1) if self.reading and self.where_weight else ()
+            tapped, last = run_layers(model, batch, visual, self.reading, (middle, *early))
+        at_middle, last, norm = tapped[middle].float(), last.float(), model.model.language_model.norm
         logits = model.lm_head(norm(last[batch.targets != IGNORED]))
         targets = batch.targets[batch.targets != IGNORED]
         loss = nn.functional.cross_entropy(logits, targets)
@@ -216,6 +236,10 @@ class LanguageStage:
         penalty = gates.value()
         scores = {"middle": (guess.argmax(-1) == batch.hidden_targets[chosen]).float().mean().item()}
         scores |= {"gate": penalty.item()} | family_scores(batch, logits.argmax(-1) == targets)
+        for number in early:
+            where, found = where_loss(model, tapped[number].float(), batch.spots)
+            loss = loss + self.where_weight / len(early) * where
+            scores[f"where{number}"] = found
         return loss + self.middle_weight * helper + self.gate_weight * penalty, scores
 
     def packed(self, model, rng: random.Random) -> tuple[PackedBatch, Tensor]:
@@ -237,6 +261,26 @@ class LanguageStage:
                 whole = visual_features(model, pixels_of(scenes).to(model.device))
             visual = whole.gather(1, index[..., None].expand(-1, -1, whole.shape[-1]))
         return batch, visual
+
+
+def where_loss(model, hidden: Tensor, spots: Tensor) -> tuple[Tensor, float]:
+    """Cross entropy of left against right and top against bottom in hidden states (n, text, width); share told right.
+
+    Read by the output layer, among the two words of each pair.
+    """
+    chosen = spots[..., 0] != IGNORED
+    if not chosen.any():
+        return hidden.new_zeros(()), 0.0
+    logits = model.lm_head(model.model.language_model.norm(hidden[chosen]))
+    loss, hits = hidden.new_zeros(()), 0.0
+    for truth in spots[chosen].T:
+        words = truth.unique()
+        pair, index = logits[:, words], torch.searchsorted(words, truth)
+        loss, hits = (
+            loss + nn.functional.cross_entropy(pair, index),
+            hits + (pair.argmax(-1) == index).float().mean().item(),
+        )
+    return loss, hits / 2
 
 
 def family_scores(batch: PackedBatch, right: Tensor) -> dict[str, float]:

@@ -13,6 +13,7 @@ there, and inference, with nothing swapped, is stock.
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +43,8 @@ class PackedBatch:
         True where a text row may see a column; the rows before are causal.
     targets, hidden_targets : LongTensor (n, text)
         Next token to predict at the output, and the open answer's word at the middle layer, ``IGNORED`` elsewhere.
+    spots : LongTensor (n, text, 2)
+        On the last token of questions about one object: left or right, and top or bottom; ``IGNORED`` elsewhere.
     owner : LongTensor (n, text)
         Number of the block that a text token belongs to, -1 for padding.
     names : list of list of str
@@ -56,6 +59,7 @@ class PackedBatch:
     mask: Tensor
     targets: Tensor
     hidden_targets: Tensor
+    spots: Tensor
     owner: Tensor
     names: list[list[str]]
 
@@ -103,9 +107,9 @@ def twin_of(scene: Scene, rng: random.Random) -> Scene:
 
 
 def run_layers(
-    model, batch: PackedBatch, visual: Tensor, middle: int, reading: ReadingLayers | None = None
-) -> tuple[Tensor, Tensor]:
-    """Hidden states of the text blocks at the middle layer and at the end, each (n, text, width).
+    model, batch: PackedBatch, visual: Tensor, reading: ReadingLayers | None = None, taps: Collection[int] = ()
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Hidden states of the text blocks after so many layers as `taps` names, and at the end, each (n, text, width).
 
     Without `reading`, logits are those of the stock model (a test compares them).
     """
@@ -114,14 +118,14 @@ def run_layers(
     n, front, start = len(batch.text), len(batch.prefix), len(batch.prefix) + visual.shape[1]
     hidden = torch.cat([embed(batch.prefix).expand(n, -1, -1), visual, embed(batch.text)], dim=1)
     rotary = language.rotary_emb(hidden, position_ids=batch.positions)
-    at_middle = hidden
+    tapped: dict[int, Tensor] = {}
     for number, layer in enumerate(language.layers):
         sources = reading.sources(number, n) if reading else None
         hidden = hidden + _attend(layer, hidden, rotary, batch.mask, slice(front, start), sources)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        if number + 1 == middle:
-            at_middle = hidden
-    return at_middle[:, start:], hidden[:, start:]
+        if number + 1 in taps:
+            tapped[number + 1] = hidden[:, start:]
+    return tapped, hidden[:, start:]
 
 
 def _attend(

@@ -88,14 +88,18 @@ def reading_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
         LanguageStage(
             "crowd", 60, 4, _VARIED, codes, packer, questions=20, visual=None, rate_peak=5e-4, decay_share=0.3, **_LATE
         ),
-    ]
+        LanguageStage(
+            "where", 90, 8, _VARIED, codes, packer, questions=14, visual=72, rate_peak=1e-3, decay_share=0.3,
+            where_weight=1.0, **_LATE,
+        ),
+    ]  # fmt: skip
 
 
 def whole_stages(codes: CodeBook, packer: Packer) -> list[LanguageStage]:
     """The trained tower's own tokens, all 576."""
     return [
         LanguageStage(
-            "all", 100, 4, _VARIED, codes, packer, questions=20, visual=None, oracle=False, rate_peak=5e-4,
-            decay_share=0.8, **_LATE,
+            "all", 45, 4, _VARIED, codes, packer, questions=20, visual=None, oracle=False, rate_peak=5e-4,
+            decay_share=0.8, where_weight=1.0, **_LATE,
         ),
     ]  # fmt: skip
