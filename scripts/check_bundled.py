@@ -28,8 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-n", type=int, default=600, help="questions (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
     parser.add_argument("--only", nargs="+", metavar="CONDITION", help="run these conditions, e.g. 'fastv 64, layer 2'")
+    parser.add_argument("--ablations", action="store_true", help="variants of core tokens instead of the gates")
     options = parser.parse_args(arguments)
-    known = [condition.name for condition in gates.CONDITIONS]
+    conditions = gates.ABLATIONS if options.ablations else gates.CONDITIONS
+    known = [condition.name for condition in conditions]
     if unknown := [name for name in options.only or () if name not in known]:
         parser.error(f"unknown condition {unknown[0]!r}: choose from {'; '.join(known)}")
     try:
@@ -38,12 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         asked = gates.ask(options.n, options.seed)
         log = partial(print, flush=True, file=sys.stderr)
-        chosen = [condition for condition in gates.CONDITIONS if condition.name in (options.only or known)]
+        chosen = [condition for condition in conditions if condition.name in (options.only or known)]
         replies = {one.name: gates.run(one, asked, model, processor, folder, log) for one in chosen}
     except UserError as error:
         parser.error(str(error))
-    text, met = gates.report(asked, replies)
+    text, met = gates.report(asked, replies, () if options.ablations else gates.GATES)
     print(text)
+    if options.ablations:
+        return 0
     print("\n| layer | positive, visual | positive, text | votes of the top 40 % |\n|---:|---:|---:|---:|")
     prompts = (
         processor(

@@ -74,6 +74,21 @@ CONDITIONS = (
     Condition("core_neurons 0.4", "core_neurons", {"keep": 0.4}),
     Condition("random_neurons 0.4", "random_neurons", {"keep": 0.4}),
 )
+_CORE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("", {}),
+    *((f", {who} votes", {"voters": who}) for who in ("text", "last")),
+    *((f", score {score}", {"score": score}) for score in ("last", "cosine", "attention")),
+    *((f", rho {rho}", {"rho": rho}) for rho in (0.05, 0.5, 1.0)),
+    *((f", beta {beta}", {"beta": beta}) for beta in (0.1, 0.7)),
+    *((f", layer {layer}", {"layer": layer}) for layer in (1, 4, 6, 8)),
+    *((f", layer {layer}, last votes", {"layer": layer, "voters": "last"}) for layer in (4, 6, 8)),
+)
+ABLATIONS = tuple(
+    Condition(f"core tokens 64{name}", "core_tokens", {"keep": 64} | parameters) for name, parameters in _CORE
+) + tuple(
+    Condition(f"core tokens, adaptive{name}", "core_tokens", parameters) for name, parameters in (_CORE[0], *_CORE[1:3])
+)
+"""What decides which tokens are core: who votes, the score, rho, beta, the layer."""
 GATES = (
     Gate("dense: at least 95 %", ("dense",), low=95),
     Gate("blank image: at most 45 %", ("blank image",), high=45),
@@ -170,7 +185,9 @@ def _reply(answer: Answer, asked: Asked) -> Reply:
     return Reply(answer.text.strip().lower() == asked.question.answer, len(kept), on_object)
 
 
-def report(asked: Sequence[Asked], replies: Mapping[str, Sequence[Reply]]) -> tuple[str, bool]:
+def report(
+    asked: Sequence[Asked], replies: Mapping[str, Sequence[Reply]], gates: Sequence[Gate] = GATES
+) -> tuple[str, bool]:
     """Two Markdown tables (conditions, gates), and whether every gate with a bound is met."""
     units = np.unique([one.scene.seed for one in asked], return_inverse=True)[1]
     names = list(replies)
@@ -195,7 +212,9 @@ def report(asked: Sequence[Asked], replies: Mapping[str, Sequence[Reply]]) -> tu
         share = sum(reply.on_object for reply in replies[name]) / max(kept, 1)
         cells = [name, f"{scores[column]:.1f}", f"{low:.1f} to {high:.1f}", f"{kept / len(asked):.0f}"]
         lines.append(f"| {' | '.join([*cells, f'{100 * share:.1f} %', f'{share / everywhere:.2f} x'])} |")
-    verdicts = [_verdict(gate, names, scores, draws) for gate in GATES]
+    if not gates:
+        return "\n".join(lines), True
+    verdicts = [_verdict(gate, names, scores, draws) for gate in gates]
     lines += ["", "| gate | value | interval | verdict |", "|---|---:|---|---|", *(line for line, _ in verdicts)]
     return "\n".join(lines), all(met for _, met in verdicts)
 
