@@ -24,7 +24,7 @@ from corematching.benchmarks.mini.questions import questions_for
 from corematching.benchmarks.mini.scenes import GRID, IMAGE_SIZE, Scene, make_scene
 from corematching.errors import UserError
 from corematching.registry import build_method
-from corematching.results import statistics
+from corematching.results import intervals, statistics
 from corematching.training.prompts import user_prompt
 
 _PER_SCENE = 2  # questions about one image, as the mini suite asks
@@ -197,39 +197,46 @@ def report(
     counts = np.bincount(units).astype(float)[:, None]
     ratios = [statistics.Ratio(sums, counts, 100)]
     scores = statistics.estimate(ratios)
-    draws = statistics.bootstrap(ratios, np.zeros(len(counts), dtype=int))
+    lows, highs = intervals.single(ratios)
     everywhere = np.mean([object_patches(one.scene).mean() for one in asked])
     lines = [
-        f"n = {len(asked)} questions about {len(counts)} images; intervals: paired 95 % bootstrap over images. Objects "
-        f"cover {100 * everywhere:.1f} % of all patches.",
+        f"n = {len(asked)} questions about {len(counts)} images; intervals of 95 %, of differences paired, with "
+        f"images as clusters. Objects cover {100 * everywhere:.1f} % of all patches.",
         "",
         "| condition | accuracy | interval | patches kept | of them on objects | against all patches |",
         "|---|---:|---|---:|---:|---:|",
     ]
     for column, name in enumerate(names):
-        low, high = statistics.interval(draws[:, column])
         kept = sum(reply.kept for reply in replies[name])
         share = sum(reply.on_object for reply in replies[name]) / max(kept, 1)
-        cells = [name, f"{scores[column]:.1f}", f"{low:.1f} to {high:.1f}", f"{kept / len(asked):.0f}"]
+        cells = [
+            name,
+            f"{scores[column]:.1f}",
+            f"{lows[column]:.1f} to {highs[column]:.1f}",
+            f"{kept / len(asked):.0f}",
+        ]
         lines.append(f"| {' | '.join([*cells, f'{100 * share:.1f} %', f'{share / everywhere:.2f} x'])} |")
     if not gates:
         return "\n".join(lines), True
-    verdicts = [_verdict(gate, names, scores, draws) for gate in gates]
+    verdicts = [_verdict(gate, names, ratios) for gate in gates]
     lines += ["", "| gate | value | interval | verdict |", "|---|---:|---|---|", *(line for line, _ in verdicts)]
     return "\n".join(lines), all(met for _, met in verdicts)
 
 
-def _verdict(gate: Gate, names: Sequence[str], scores: np.ndarray, draws: np.ndarray) -> tuple[str, bool]:
+def _verdict(gate: Gate, names: Sequence[str], ratios: Sequence[statistics.Ratio]) -> tuple[str, bool]:
     """A row of the gates' table, and False where a bound is missed."""
     available = [names.index(name) for name in gate.first if name in names]
     if not available or (gate.second and gate.second not in names):
         return f"| {gate.text} | | | not run |", False
+    scores = statistics.estimate(ratios)
     first = max(available, key=lambda column: scores[column])
-    value, spread = scores[first], draws[:, first]
+    value = scores[first]
     if gate.second:
         second = names.index(gate.second)
-        value, spread = value - scores[second], spread - draws[:, second]
-    low, high = statistics.interval(spread)
+        value = value - scores[second]
+        low, high = (side[first] for side in intervals.paired(ratios, second))
+    else:
+        low, high = (side[first] for side in intervals.single(ratios))
     bounded = gate.low is not None or gate.high is not None
     met = (gate.low is None or value >= gate.low) and (gate.high is None or value <= gate.high)
     met = met and (not gate.above_zero or low > 0)
