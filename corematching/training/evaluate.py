@@ -161,7 +161,7 @@ def chance(benchmark: str, images: int, seed: int = 0) -> float:
     return 100 * guessed / max(total, 1)
 
 
-def report(folder: Path, images: int = 60, benchmarks: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)) -> str:
+def report(folder: Path, images: int = 40, benchmarks: tuple[str, ...] = tuple(BENCHMARK_FAMILIES)) -> str:
     """Two Markdown tables for a saved model: accuracy by benchmark under each condition, and the mini GQA by family."""
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = build_tokenizer()
