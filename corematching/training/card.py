@@ -40,12 +40,12 @@ What is there for the sake of studies of sparsity, each after what is known of r
   and at which height that object lies, so shallow layers learn to find it.
 - **Few neurons on text**: a small penalty on positive gate activations of text tokens.
 
-No objective, and no choice of a checkpoint, uses a method's selection or score. Three things are nevertheless built in:
-tokens dropped at layer 2 are missed, tokens dropped at layer 8 are not, and attention of the last token in layer 1 knows
-where to look. The last was added after a look at the check: without it that attention preferred tiles and signs whatever
-was asked, and FastV at layer 2 answered less than random tokens there (63.8 against 72.5 %, n = 80). So the bundled model
-shows *that* methods differ and how much a choice is worth; that attention beats other signals on it is no evidence that
-it does on a real model. `python scripts/check_bundled.py --out FOLDER` prints how the methods fare.
+No objective, and no choice of a checkpoint, uses a method's selection or score. Three things are nevertheless built
+in: tokens dropped at layer 2 are missed, tokens dropped at layer 8 are not, and the attention of the last token in
+layer 1 knows where to look. The last was added after a look at the check: without it that attention preferred tiles
+and signs whatever was asked, and FastV at layer 2 answered less than random tokens there (63.8 against 72.5 %, n = 80).
+So the model shows *that* methods differ and how much a choice is worth; that attention beats other signals on it is no
+evidence that it does on a real model. `python scripts/check_bundled.py --out FOLDER` prints how the methods fare.
 
 | stage | seconds |
 |---|---|

@@ -273,14 +273,12 @@ def where_loss(model, hidden: Tensor, spots: Tensor) -> tuple[Tensor, float]:
         return hidden.new_zeros(()), 0.0
     logits = model.lm_head(model.model.language_model.norm(hidden[chosen]))
     loss, hits = hidden.new_zeros(()), 0.0
-    for truth in spots[chosen].T:
-        words = truth.unique()
-        pair, index = logits[:, words], torch.searchsorted(words, truth)
-        loss, hits = (
-            loss + nn.functional.cross_entropy(pair, index),
-            hits + (pair.argmax(-1) == index).float().mean().item(),
-        )
-    return loss, hits / 2
+    for truth in spots[chosen].unbind(1):
+        words, index = truth.unique(return_inverse=True)
+        pair = logits[:, words]
+        loss = loss + nn.functional.cross_entropy(pair, index)
+        hits += (pair.argmax(-1) == index).float().mean().item() / 2
+    return loss, hits
 
 
 def family_scores(batch: PackedBatch, right: Tensor) -> dict[str, float]:
