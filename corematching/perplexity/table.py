@@ -97,7 +97,7 @@ def _texts(line: Line, dense: Line | None, control: Line | None) -> tuple[str, .
     return (
         line.label,
         HOLE if line.keep is None else str(line.keep),
-        f"{np.exp(line.mean('nll')):.2f}",
+        _short(float(np.exp(line.mean("nll")))),
         _ratio(line, dense),
         _ratio(line, control),
         f"{100 * line.mean('score'):.1f}",
@@ -110,8 +110,13 @@ def _texts(line: Line, dense: Line | None, control: Line | None) -> tuple[str, .
 def _ratio(line: Line, other: Line | None) -> str:
     if other is None or other is line:
         return HOLE
-    middle, low, high = np.exp(mean_interval(line.by_window - other.by_window))
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+    middle, low, high = map(_short, np.exp(mean_interval(line.by_window - other.by_window)))
+    return f"{middle} [{low}, {high}]"
+
+
+def _short(value: float) -> str:
+    """Three decimals below 10, fewer above: ratios here span six powers of ten."""
+    return f"{value:.{3 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
 def _origins(cells: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> list[str]:
