@@ -32,6 +32,8 @@ def record_thumbnails(aggregation: Aggregation, folder: Path) -> list[Path]:
         for block in disagreements(aggregation, group):
             done = group[(group["benchmark"] == block.benchmark) & (group["status"] == "done")]
             cell = done.iloc[0]
+            if not cell["image_tokens"] > 0:
+                continue  # a text run: there is no picture
             settings = {} if cell["data"] == "mini" else {"revision": cell["version"]}
             source, benchmark = load_source(cell["data"], **settings), load_benchmark(block.benchmark)
             if cell["n"] > MOST or source.version(benchmark) != cell["version"]:
