@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from loguru import logger
+from stock_judge import stock_judge
 
 from corematching.benchmarks import BENCHMARKS, available_benchmarks, load_benchmark, load_judge, load_source
 from corematching.benchmarks.scoring import score, value_from_samples
@@ -192,13 +193,13 @@ def runs(harness, source, judge, tmp_path_factory: pytest.TempPathFactory) -> di
     """All benchmarks in stock wording, answered the same: lmms-eval's stock tasks, and ours."""
     output = tmp_path_factory.mktemp("output")
     ours, stock = [], []
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, stock_judge() as url:
         patch.setenv("OPENAI_API_KEY", "unused")
         patch.setenv("no_proxy", "127.0.0.1")
         for name in (*BENCHMARKS, "vqav2_test"):
             benchmark = load_benchmark(name)
             ours += harness.tasks.build_tasks(benchmark, source, "lmms_eval", judge=judge)
-            patch.setenv("OPENAI_API_URL", judge.url)
+            patch.setenv("OPENAI_API_URL", url)
             stock += [stock_task(benchmark, part, source) for part in benchmark.parts]
         return {
             "stock": evaluate(answering(sometimes_right), stock, output),

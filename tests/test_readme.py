@@ -16,7 +16,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def commands():
     for page in PAGES:
-        for line in re.findall(r"^(?:\$ )?(python run\.py[^\n`]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # continued lines
+        for line in re.findall(r"^(?:\$ )?(python run\.py[^\n`]*)", text, re.MULTILINE):
             words = shlex.split(line, comments=True)[2:]
             if not any(word.startswith("--") for word in words) and "longest" not in line:  # add_a_method.md's own
                 yield pytest.param(words, id=f"{page.name}: {' '.join(words) or 'python run.py'}")
@@ -36,7 +37,7 @@ def test_every_link_leads_to_a_file(page):
     named = re.findall(r"`((?:scripts|conf|corematching|results|docs|notebooks)/[\w./]+\.\w+)`", text)
     named = [name for name in named if "longest" not in name]  # what add_a_method.md makes
     missing = [target for target in targets if not (page.parent / target).exists()]
-    missing += [name for name in named if not (ROOT / name).exists()]
+    missing += [name for name in named if not ((ROOT / name).exists() or (ROOT / "corematching" / name).exists())]
     assert not missing
 
 
