@@ -87,7 +87,7 @@ for keep in KEEPS:
 # ## Tables
 #
 # The interval and the test compare each cell with dense on the same questions; questions about one image count
-# together. With so few questions almost everything is a tie (≈), and the note below the table says how large a
+# together. With so few questions some rows cannot be told apart from it (≈), and the note below the table says how large a
 # difference would have been noticed.
 
 # %%

@@ -24,6 +24,8 @@ from corematching.results.render import to_markdown
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ("bundled_sweep", "efficiency_slice")
 OUT = ROOT / "results" / "examples"
+README_KEEP = "64"
+README_MARKS = ("<!-- made by make examples: from here -->", "<!-- to here -->")
 
 
 def main() -> int:
@@ -43,6 +45,7 @@ def main() -> int:
     write_all_figures(aggregation, OUT / "figures")
     write_evidence(OUT / "figures")
     files.write(OUT / "README.md", page(aggregation))
+    files.write(ROOT / "README.md", with_main_table((ROOT / "README.md").read_text(encoding="utf-8"), aggregation))
     print(f"wrote {OUT.relative_to(ROOT)}")
     return 0
 
@@ -73,6 +76,19 @@ def write_evidence(folder: Path) -> None:
     rows = answered(Generator(model, processor), asked, methods)
     about = about_model(model, "data gqa", f"n = {len(asked)} questions")
     save(evidence_figures.core_tokens(rows, found[0].grid, about), folder, "core_tokens")
+
+
+def with_main_table(readme: str, aggregation: Aggregation) -> str:
+    """The project's README with the lines of one budget of the accuracy table between its two marks."""
+    lines = to_markdown(aggregation.tables[0]).splitlines()
+    header = next(number for number, line in enumerate(lines) if line.startswith("| Method"))
+    place = [name.strip() for name in lines[header].split("|")].index("Keep")
+    rows = [line for line in lines[header:] if line.startswith("|")]
+    chosen = [line for line in rows if line.split("|")[place].strip() in ("Keep", "---:", "all", README_KEEP)]
+    caption = next(line for line in lines[header:] if line.startswith("Accuracy on"))
+    before, _, rest = readme.partition(README_MARKS[0])
+    after = rest.partition(README_MARKS[1])[2]
+    return before + "\n".join([README_MARKS[0], *chosen, "", caption, README_MARKS[1]]) + after
 
 
 def page(aggregation: Aggregation) -> str:

@@ -91,7 +91,7 @@ VQA = "VQAv2/data/validation-00000-of-00001.parquet"
             "mme",
             MME,
             lambda t: t.slice(1),
-            "row 0, column question_id: existence/existence/000000.png has 1 question(s)",
+            "row 0, column question_id: existence/existence/000001.png has 1 question(s)",
         ),
         (
             "vqav2",

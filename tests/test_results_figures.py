@@ -188,6 +188,7 @@ class OneSpanProcessor:
 
     def __init__(self):
         self.image_processor = type("Images", (), {"image_mean": (0.5, 0.5, 0.5)})
+        self.tokenizer = type("Tokens", (), {"added_tokens_decoder": {}})
 
     def __call__(self, text, images, return_tensors):
         generator = torch.Generator().manual_seed(len(text))

@@ -27,6 +27,7 @@ from corematching.commands import aggregate_command
 from corematching.errors import UserError
 from corematching.results import render
 from corematching.results.aggregate import aggregate, write_tables
+from corematching.results.latex import escape_latex
 from corematching.results.reference import load_reference
 from corematching.results.table import build_table
 from corematching.results.tables import HOLE, MINI_BANNER, Column, Entry, Row, Table, budget, mark, number, significant
@@ -550,4 +551,4 @@ def test_latex_captions_have_four_lines_at_most(aggregation):
         for caption in re.findall(r"\\caption\{(.*)\}\n", render.to_latex(table)):
             assert len(caption) < 400
         told = render.to_latex(table)
-        assert all(escape in told for escape in table.notes[:1])
+        assert all(escape_latex(note) in told for note in table.notes[:1])
