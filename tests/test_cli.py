@@ -110,7 +110,7 @@ def test_debug_shows_the_traceback(run):
 def test_help_says_what_there_is_to_choose(run):
     status, out, err = run("--help", settings=[])
     assert (status, err) == (0, "")
-    for line in (METHODS, "experiment: ablation", "model: llava_1_5_13b", "Exit status: 0"):
+    for line in (METHODS, "experiment: ablation", "model: internvl3_8b, llava_1_5_13b", "Exit status: 0"):
         assert line in out
 
 

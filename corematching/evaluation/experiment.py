@@ -119,8 +119,9 @@ def method_rows(settings: Mapping[str, Any]) -> list[Row]:
     Dense first, then budget by budget, each in the order of ``methods``: the order of every table.
     """
     budgets = settings["keep"]
+    any_size = settings["model"].get("image_size") is not None  # every image has its own number of tokens
     for keep in budgets:
-        check_keep("keep", keep, settings["model"].get("visual_tokens"))
+        check_keep("keep", keep, None if any_size else settings["model"].get("visual_tokens"))
     overrides = settings["model"].get("method_overrides") or {}
     shape = _matching_shape(settings)
     rows = [row for entry in settings["methods"] for row in _entry_rows(entry, budgets, overrides, shape)]
@@ -227,7 +228,9 @@ def model_identity(model: Mapping[str, Any], fetch: bool = True) -> dict[str, An
         there = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
         raise UserError(f"model.device={model['device']} is not valid: this machine has {there}; give auto or cpu")
     on_gpu = gpus > 0 and model["device"] != "cpu"
-    dtype = ("float16" if on_gpu else "float32") if model["dtype"] == "auto" else model["dtype"]
+    dtype = model["dtype"]
+    if dtype == "auto":
+        dtype = model.get("released_in", "float16") if on_gpu else "float32"
     identity = {
         "name": model["name"],
         "path": model["path"],

@@ -39,6 +39,7 @@ from corematching.registry import PER_IMAGE, method_defaults
 RUNNERS = ("accuracy", "efficiency", "text")
 _OWN_PARTS = {"efficiency": "+experiment=efficiency", "text": "+experiment=real_language_model"}
 Prompt = Annotated[str, OneOf("prompt", lambda: PROMPTS)]
+Image = Annotated[str, OneOf("image", lambda: IMAGE_MODES)]
 
 
 # ------------------------------------------------------------------------------------------------------------- methods
@@ -107,11 +108,14 @@ class Model(Part):
     device: Annotated[
         str, StringConstraints(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$"), Worded("auto, cpu, cuda or cuda:N")
     ]
+    released_in: Annotated[str, OneOf("released_in", lambda: ("bfloat16", "float16"))] = "float16"
     num_layers: Count | None
+    image_size: Annotated[list[Count], Field(min_length=2, max_length=2), Worded("[height, width]")] | None = None
     visual_tokens: Count | None = None
     layers: Count | None = None
     vision_layers: Count | None = None
     prompt: Prompt
+    image: Image
     batch_size: Count
     comparable: Switch = True
     text_only: Switch = False
@@ -268,7 +272,7 @@ class Settings(Part):
     match: Annotated[str, OneOf("match", lambda: ("keep", "average"))]
     benchmarks: Annotated[list[Annotated[str, OneOf("benchmark", available_benchmarks)]], OneOrMany]
     prompt: Prompt
-    image: Annotated[str, OneOf("image", lambda: IMAGE_MODES)]
+    image: Image
     generation: Generation
     batch_size: Count
     limit: Count | None
