@@ -13,7 +13,7 @@ import torch
 from corematching.answering.conversation import check_choices
 from corematching.answering.greedy import decode, is_plain
 from corematching.answering.prompts import Batch, Prompts, Question
-from corematching.engine.sharing import Sharing, can_share, common_layers, sharing_prompts, signals_asked
+from corematching.engine.sharing import Sharing, can_share, common_layers, most_asked, sharing_prompts
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
 from corematching.models.families import family_of
@@ -140,7 +140,7 @@ class Generator:
         )
         stages = [method.stages(geometry) for method in methods]
         remember = common_layers(stages, geometry.depth)
-        order = sorted(range(len(methods)), key=lambda number: -signals_asked(stages[number]))
+        order = sorted(range(len(methods)), key=lambda number: most_asked(stages[number]), reverse=True)
         for batch in prompts.batches(lambda: self.batch_size, self.batch_tokens):
             sharing = self._sharing(batch, remember)
             for number in order:

@@ -140,9 +140,15 @@ def _unreduced(stages: Sequence[Stage], depth: int) -> int:
     return min((stage.layer for stage in stages if isinstance(stage, BeforeLayer)), default=depth)
 
 
-def signals_asked(stages: Sequence[Stage]) -> int:
-    """How many layers' signals a method asks for: who asks for most computes for those who ask for fewer."""
-    return sum(isinstance(stage, ChooseNeurons) or getattr(stage, "activations", False) for stage in stages)
+def most_asked(stages: Sequence[Stage]) -> tuple[bool, int]:
+    """How much a method asks for, to be compared: who asks for most computes for those who ask for less.
+
+    First the states of the vision tower, then signals of decoder layers, by the number of layers.
+    """
+    tower = any(isinstance(stage, VisionOutput) for stage in stages)
+    merges = any(isinstance(stage, VisionBlocks) for stage in stages)
+    signals = sum(isinstance(stage, ChooseNeurons) or getattr(stage, "activations", False) for stage in stages)
+    return tower and not merges, signals
 
 
 def can_share(model: Any) -> bool:
@@ -173,7 +179,9 @@ def _once_per_image(stock: Callable, sharing: Sharing) -> Callable:
     @functools.wraps(stock)
     def features(pixel_values: Tensor, **kwargs: Any) -> Any:
         if "features" not in sharing.memory:
-            sharing.memory["features"] = stock(pixel_values=pixel_values, **kwargs).pooler_output
+            tower = sharing.memory.get("tower")
+            found = tower.projected if tower else stock(pixel_values=pixel_values, **kwargs).pooler_output
+            sharing.memory["features"] = found
         found = sharing.memory["features"]
         return BaseModelOutputWithPooling(pooler_output=[found[image] for image in sharing.shown])  # type: ignore[arg-type]
 

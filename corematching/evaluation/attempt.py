@@ -1,38 +1,79 @@
-"""One cell: claim it, compute it, store what came out, be it a result or a failure."""
+"""Cells, claimed, computed and stored one by one, whatever came out, be it a result or a failure."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
-from corematching.evaluation.cells import Cell
+from corematching.evaluation.cells import Cell, canonical_json
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
 from corematching.evaluation.records import describe, new_record
 from corematching.results.store import Store
 
+OnRecord = Callable[[Cell, dict[str, Any]], None]
+
+
+def companies(cells: Sequence[Cell], most: int) -> Iterator[tuple[Cell, ...]]:
+    """The cells in parts that can be answered together: they differ in their methods only; at most so many a part."""
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault(canonical_json({**cell.config, "method": None}), []).append(cell)
+    for group in alike.values():
+        for start in range(0, len(group), most):
+            yield tuple(group[start : start + most])
+
 
 def attempt(
-    cell: Cell, experiment: Experiment, evaluator: Any, store: Store, reporter: Reporter
-) -> dict[str, Any] | None:
-    """Compute one cell and store it, failure included; None if another process is at it."""
-    with store.claim(cell.id) as mine:
-        if not mine:
-            return None
-        record = store.read(cell.id)
-        if record is not None and finished(record, experiment):
-            reporter.skip(cell, "done by another process")
-            return record
-        reporter.start(cell)
-        started, clock = datetime.now(UTC), time.perf_counter()
-        samples = None
-        try:
-            result, samples = evaluator.evaluate(cell, reporter.advance)
-        except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
-            result = {"status": "failed", "error": describe(error)}
-        record = new_record(cell, "accuracy", started, time.perf_counter() - clock, result)
-        store.write(record, samples)
-        reporter.finish(cell, record)
-        return record
+    company: Sequence[Cell],
+    experiment: Experiment,
+    evaluator: Any,
+    store: Store,
+    reporter: Reporter,
+    on_record: OnRecord,
+) -> list[Cell]:
+    """Compute cells that can be answered together and store each as soon as it is scored, failures included.
+
+    Returns
+    -------
+    The cells that another process is at.
+    """
+    with ExitStack() as claims:
+        seen, held = set(), dict[Cell, ExitStack]()
+        for cell in company:
+            own = claims.enter_context(ExitStack())
+            if not own.enter_context(store.claim(cell.id)):
+                continue
+            seen.add(cell)
+            record = store.read(cell.id)
+            if record is not None and finished(record, experiment):
+                own.close()
+                reporter.skip(cell, "done by another process")
+                on_record(cell, record)
+            else:
+                held[cell] = own
+        evaluator.company = tuple(held)
+        for cell, own in held.items():
+            reporter.start(cell, held)
+            record, samples = _compute(cell, evaluator, reporter)
+            store.write(record, samples)
+            own.close()
+            reporter.finish(cell, record)
+            on_record(cell, record)
+        return [cell for cell in company if cell not in seen]
+
+
+def _compute(cell: Cell, evaluator: Any, reporter: Reporter) -> tuple[dict[str, Any], Any]:
+    """A cell's record and sample rows."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    samples = None
+    try:
+        result, samples = evaluator.evaluate(cell, reporter.advance)
+    except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
+        result = {"status": "failed", "error": describe(error)}
+    of_others = result.get("timing", {}).pop("seconds_of_others", 0.0)
+    return new_record(cell, "accuracy", started, time.perf_counter() - clock - of_others, result), samples
 
 
 def finished(record: dict[str, Any] | None, experiment: Experiment) -> bool:

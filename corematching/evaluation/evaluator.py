@@ -14,6 +14,7 @@ from corematching.engine.preflight import check_methods
 from corematching.errors import UserError
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
+from corematching.evaluation.sheet import Sheet
 from corematching.evaluation.trace_summary import check_acted, summarise
 from corematching.models.loading import load_config, model_path
 
@@ -27,6 +28,9 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
+        self.company: tuple[Cell, ...] = ()
+        """Cells that are going to be evaluated one after the other and ask the same questions; set by whoever asks."""
+        self._sheet: tuple[tuple[Cell, ...], Sheet | None] = ((), None)
         self._generator: Generator | None = None
         self._tasks: tuple[str, Any] = ("", None)
         self._judge: Judge | None = None
@@ -98,7 +102,8 @@ class Evaluator:
         Returns
         -------
         dict
-            The cell's record, as far as results go: status, score, metrics, n, trace, timing.
+            The cell's record, as far as results go: status, score, metrics, n, trace, timing. Its
+            ``seconds_of_others`` are those that passed here and belong to other cells (negative: they passed there).
         DataFrame
             One row per question, with the tokens retained and generated.
 
@@ -111,11 +116,13 @@ class Evaluator:
         from corematching.evaluation import harness
         from corematching.evaluation.lmms_model import CoreMatchingLMM
 
-        method = build(cell)
         config = cell.config
         tasks = self._tasks_of(config["benchmark"]["name"])
         identity = f"{config['model']['name']}, {config['model']['revision']}"
-        model = CoreMatchingLMM.wrap(self.generator, method, identity)
+        company = self.company if cell in self.company else (cell,)
+        sheet, number = self._sheet_of(company), company.index(cell)
+        method, before = sheet.methods[number], sheet.seconds
+        model = CoreMatchingLMM.wrap(self.generator, method, identity, sheet.column(number))
         model.on_progress = on_progress
         results = harness.evaluate(model, tasks, config["seed"])
         answers = list(model.answers.values())
@@ -127,9 +134,18 @@ class Evaluator:
             "metrics": dict(scored.metrics),
             "n": len(scored.samples),
             "trace": summarise(answers, self.generator.model.config),
-            "timing": {"model_seconds": model.seconds},
+            "timing": {
+                "model_seconds": model.shared.seconds,
+                "cells_together": model.shared.cells,
+                "seconds_of_others": sheet.seconds - before - model.shared.seconds,
+            },
         }
         return record, with_traces(scored.samples, results, model.answers)
+
+    def _sheet_of(self, company: tuple[Cell, ...]) -> Sheet:
+        if self._sheet[0] != company or self._sheet[1] is None:
+            self._sheet = company, Sheet(self.generator, [build(cell) for cell in company])
+        return self._sheet[1]  # type: ignore[return-value]
 
     def _tasks_of(self, name: str) -> Any:
         from corematching.benchmarks.tasks import build_tasks

@@ -3,25 +3,25 @@
 An executor gets the cells that are missing, sees to it that they end up in the store, and hands each record on.
 """
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from corematching.errors import UserError
 from corematching.evaluation import asks, machine
-from corematching.evaluation.attempt import attempt, finished
+from corematching.evaluation.attempt import OnRecord, attempt, companies, finished
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
 from corematching.results.store import Store
 from corematching.texts import neutral
 
-OnRecord = Callable[[Cell, dict[str, Any]], None]
 _POLL_SECONDS = 2.0
 _GRACE_SECONDS = 20.0
 
@@ -29,20 +29,16 @@ _GRACE_SECONDS = 20.0
 def run_locally(
     experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter, on_record: OnRecord
 ) -> None:
-    """All cells one after the other in this process; cells that another process holds are waited for at the end."""
+    """All cells in this process; cells that another process holds are waited for at the end."""
     from corematching.evaluation.evaluator import Evaluator  # torch and transformers, seconds to import
 
     evaluator = Evaluator(experiment)
     evaluator.prepare()
     waiting = list(pending)
     while waiting:
-        elsewhere = []
-        for cell in waiting:
-            record = attempt(cell, experiment, evaluator, store, reporter)
-            if record is None:
-                elsewhere.append(cell)
-            else:
-                on_record(cell, record)
+        elsewhere: list[Cell] = []
+        for company in companies(waiting, experiment.settings["together"]):
+            elsewhere += attempt(company, experiment, evaluator, store, reporter, on_record)
         if elsewhere and len(elsewhere) == len(waiting):
             time.sleep(_POLL_SECONDS)
         elif elsewhere:
@@ -133,6 +129,12 @@ def worker_count(wanted: int | None, cells: int) -> int:
     return min(wanted or usual, cells)
 
 
+def fair_company(experiment: Experiment, workers: int) -> int:
+    """Most cells that one of several workers takes at once, so that there are some for each of the others."""
+    of_benchmark = Counter(cell.label["benchmark"] for cell in experiment.cells)
+    return min(experiment.settings["together"], math.ceil(max(of_benchmark.values()) / workers))
+
+
 def _start_worker(number: int, count: int, log: Path, experiment: Experiment) -> subprocess.Popen:
     environment = dict(os.environ)
     if gpus := machine.gpu_count():
@@ -140,9 +142,9 @@ def _start_worker(number: int, count: int, log: Path, experiment: Experiment) ->
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus]
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    own = ("executor", "tracking", "report", "force")
+    own = ("executor", "tracking", "report", "force", "together")
     words = [word for word in experiment.settings["command"] if asks.key_of(word) not in own]
-    words += ["executor=local", "tracking=none", "report=false"]
+    words += ["executor=local", "tracking=none", "report=false", f"together={fair_company(experiment, count)}"]
     words += [f"force={experiment.since:.0f}"] if experiment.since else []  # recomputed once, by whoever comes first
     with log.open("wb") as file:
         return subprocess.Popen(

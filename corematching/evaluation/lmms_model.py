@@ -7,7 +7,6 @@ Registered as ``corematching`` (see `corematching.evaluation.plugin`), so lmms-e
 
 import inspect
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from corematching.answering.conversation import check_choices
 from corematching.answering.generator import Answer, Generator
 from corematching.answering.prompts import Question
 from corematching.errors import UserError
+from corematching.evaluation.sheet import Ask, Shared, Sheet
 from corematching.registry import PER_IMAGE, method_defaults
 
 
@@ -91,23 +91,27 @@ class CoreMatchingLMM(lmms):
             raise SystemExit(2) from None
 
     @classmethod
-    def wrap(cls, generator: Generator, method: Any, identity: str) -> "CoreMatchingLMM":
-        """A model around a generator that exists already; `identity` says which model that is (name, revision)."""
+    def wrap(cls, generator: Generator, method: Any, identity: str, ask: Ask | None = None) -> "CoreMatchingLMM":
+        """A model around a generator that exists already.
+
+        `identity` says which model that is (name, revision); `ask` where answers come from if not from it alone.
+        """
         model = cls.__new__(cls)
-        model._set_up(generator, method, identity)
+        model._set_up(generator, method, identity, ask)
         return model
 
-    def _set_up(self, generator: Generator, method: Any, identity: str) -> None:
+    def _set_up(self, generator: Generator, method: Any, identity: str, ask: Ask | None = None) -> None:
         super().__init__()
         self.generator, self.method, self.identity = generator, method, identity
+        self.ask = ask or Sheet(generator, [method]).column(0)
         self.answers: dict[tuple[str, int], Answer] = {}
         self.on_progress: Callable[[int, int], None] = lambda done, total: None
-        self.seconds = 0.0
+        self.shared = Shared(1, 0.0)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """One text per request, in order.
 
-        What really ran is kept in `answers` by (task, doc id), the time it took in `seconds`.
+        What really ran is kept in `answers` by (task, doc id), the time it took in `shared`.
         """
         keys, questions = [], []
         for request in requests:
@@ -115,15 +119,15 @@ class CoreMatchingLMM(lmms):
             keys.append((task, doc_id))
             images = self._images(doc_to_visual, task, split, doc_id)
             questions.append(Question(text, images, dict(settings), f"{task}, document {doc_id}"))
-        started, done = time.perf_counter(), 0
+        done = 0
 
         def count(more: int) -> None:
             nonlocal done
             done += more
             self.on_progress(done, len(questions))
 
-        answers = self.generator.answer(questions, self.method, count)
-        self.seconds += time.perf_counter() - started
+        answers, shared = self.ask(questions, count)
+        self.shared = Shared(shared.cells, self.shared.seconds + shared.seconds)
         self.answers.update(zip(keys, answers))
         return [answer.text for answer in answers]
 

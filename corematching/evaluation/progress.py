@@ -1,7 +1,7 @@
 """What a run says while it works: a live display on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,6 +33,8 @@ class Reporter(AbstractContextManager):
         usual = sum(self._weights.values()) / len(self._weights) if self._weights else 1.0
         self._usual, self._whole = usual, max(sum(self._weights.values()), usual * cells)
         self._done, self._current, self._began = 0.0, 0.0, time.monotonic()
+        self._asked: set[Cell] = set()
+        self._answered: set[Cell] = set()
         self._live: Progress | None = None
         if self.console.is_terminal and cells:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[shown]}"))
@@ -54,9 +56,10 @@ class Reporter(AbstractContextManager):
         """Print a line."""
         self.console.print(neutral(text), style=style, markup=False, soft_wrap=True)
 
-    def start(self, cell: Cell) -> None:
-        """A cell begins."""
-        self._current = self._weights.get(cell, self._usual)
+    def start(self, cell: Cell, company: Iterable[Cell] = ()) -> None:
+        """A cell begins; if it is the first of a company, the questions that are answered now are those of all."""
+        self._asked = {cell, *company} - self._answered
+        self._current = self._weight(self._asked)
         if self._live:
             self._live.reset(self._one, description=neutral(str(cell)), total=None, visible=True, shown="")
 
@@ -81,13 +84,18 @@ class Reporter(AbstractContextManager):
 
     def seconds_left(self, current: float = 0.0) -> float | None:
         """Seconds until the last cell is done, at the pace so far; None before anything is."""
-        done = self._done + current
+        done = self._done + self._weight(self._answered) + current
         return (time.monotonic() - self._began) * max(self._whole - done, 0.0) / done if done else None
 
     def _move_on(self, cell: Cell) -> None:
         self.finished += 1
-        self._done += self._weights.get(cell, self._usual)
+        self._answered = (self._answered | self._asked) - {cell}
+        self._asked = set()
+        self._done += self._weight([cell])
         self._show(0.0)
+
+    def _weight(self, cells: Iterable[Cell]) -> float:
+        return sum(self._weights.get(cell, self._usual) for cell in cells)
 
     def _show(self, current: float) -> None:
         """Move the bar of the whole run by what the cell at work has done so far."""
@@ -95,7 +103,8 @@ class Reporter(AbstractContextManager):
             left = self.seconds_left(current)
             tail = "" if left is None else f", {duration(left)} left"
             shown = f"{self.finished}/{self.cells} cells{tail}"
-            self._live.update(self._all, completed=self._done + current, shown=shown)
+            done = self._done + self._weight(self._answered) + current
+            self._live.update(self._all, completed=done, shown=shown)
 
 
 def duration(seconds: float) -> str:

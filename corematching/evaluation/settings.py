@@ -275,6 +275,7 @@ class Settings(Part):
     image: Image
     generation: Generation
     batch_size: Count
+    together: Count
     limit: Count | None
     seed: Seed
     controls: Annotated[Literal[True, "dense", False], Worded("true, dense or false")]

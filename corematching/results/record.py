@@ -147,10 +147,13 @@ class Provenance(_Part):
 
 
 class Timing(_Part):
-    """Seconds."""
+    """Seconds; of cells that were answered together, each one's own share."""
 
     seconds: Number
     model_seconds: Number | None = None
+    """Spent on answers. Cells answered together share their time in proportion to the FLOPs of each as if alone."""
+    cells_together: Count = 1
+    """Cells that were answered together, this one included."""
 
 
 class Failure(_Part):
