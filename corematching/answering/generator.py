@@ -135,7 +135,7 @@ class Generator:
             self.processor,
             self.prompt,
             self.image,
-            geometry.image_tokens,
+            geometry.image_tokens or 1,
             getattr(text, "max_position_embeddings", None),
         )
         stages = [method.stages(geometry) for method in methods]

@@ -75,7 +75,7 @@ def fixed_inputs(model: Any, before: int = 35, after: int = 40, images: int = 1,
     generator = torch.Generator().manual_seed(seed)
     vocabulary = torch.tensor([i for i in range(3, min(config.text_config.vocab_size, 4096)) if i != image_token])
     text = vocabulary[torch.randint(len(vocabulary), (before + after,), generator=generator)]
-    visual = torch.full((family.geometry(config).image_tokens * images,), image_token)
+    visual = torch.full(((family.geometry(config).image_tokens or 1) * images,), image_token)
     ids = torch.cat([text[:before], visual, text[before:]])[None].to(model.device)
     side = config.vision_config.image_size
     pixels = torch.randn(images, 3, side, side, generator=generator).to(model.device, model.dtype)

@@ -285,7 +285,7 @@ class Guidance:
     def _images(self, given: dict[str, Tensor]) -> list[int]:
         """Images per prompt."""
         counts = (given["input_ids"] == self.family.image_token_id(self.model.config)).sum(1)
-        return (counts // self.session.geometry.image_tokens).tolist()
+        return (counts // (self.session.geometry.image_tokens or 1)).tolist()
 
     def _only(self, given: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
         """The prompts of some rows, with their images."""

@@ -372,7 +372,7 @@ class Session:
         decision = image_decision(run, self.output)
         if decision is None:
             return None
-        return decision, per_sample(decision, run.images, self.geometry.image_tokens)
+        return decision, per_sample(decision, run.images, self.geometry.image_tokens or 1)
 
     # --------------------------------------------------------------------------------------------- decode-time neurons
     def defer_choice(self, talk: Conversation, stage: ChooseNeurons, signals: FFNSignals) -> None:

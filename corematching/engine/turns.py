@@ -83,7 +83,9 @@ def open_turn(
     start = _start(position_ids, valid) if past[0].rows else None
     image_token = session.family.image_token_id(session.model.config)
     layout = Layout.of_prompt(ids, valid, position_ids, image_token, start, order)
-    images = [count // session.geometry.image_tokens for count in layout.visual_counts]
+    image_tokens = session.geometry.image_tokens
+    assert image_tokens is not None
+    images = [count // image_tokens for count in layout.visual_counts]
     earlier = _earlier(talk)
     check_context(session.model.config, layout.lengths, earlier)
     state = PromptState(layout, images, past, earlier)
@@ -91,7 +93,7 @@ def open_turn(
     state.predictor_weights = sum(ffn.predictor.flops / 2 for ffn in session.tokenwise.values())
     depth, patches = (
         session.geometry.vision_depth,
-        session.geometry.image_tokens + int(session.family.has_cls(session.model.config)),
+        image_tokens + int(session.family.has_cls(session.model.config)),
     )
     state.vision_tokens = state.vision_mlp_tokens = [patches] * depth
     state.projected_tokens = list(layout.visual_counts)

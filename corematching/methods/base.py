@@ -32,8 +32,8 @@ class Geometry:
     """Neurons per FFN."""
     heads: int
     """Attention heads of the language model."""
-    image_tokens: int
-    """Visual tokens of one image before any reduction."""
+    image_tokens: int | None
+    """Visual tokens of one image before any reduction; None where every image has its own number."""
     vision_depth: int = 0
     """Layers of the vision tower."""
     vision_feature_layer: int = -2

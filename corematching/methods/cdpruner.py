@@ -50,7 +50,7 @@ class CDPruner(Method):
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         check_count("keep", self.keep, geometry.image_tokens)
-        if count_of(self.keep, geometry.image_tokens) == geometry.image_tokens:
+        if self.keep == 1.0 or self.keep == geometry.image_tokens:
             return []
         if self.text_model is None:
             raise UserError(

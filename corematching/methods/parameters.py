@@ -114,9 +114,9 @@ def check_budget(name: str, keep: Budget | None, *, fraction_only: bool = False)
         raise UserError(f"{name}={keep} is not valid: give {valid}")
 
 
-def check_count(name: str, keep: Budget, tokens: int) -> None:
-    """Refuse a count larger than the number of visual tokens there are."""
-    if isinstance(keep, int) and keep > tokens:
+def check_count(name: str, keep: Budget, tokens: int | None) -> None:
+    """Refuse a count larger than the number of visual tokens there are; None: that differs from image to image."""
+    if tokens is not None and isinstance(keep, int) and keep > tokens:
         raise UserError(f"{name}={keep} is more than the {tokens} visual tokens of an image: give 1 to {tokens}")
 
 
@@ -147,10 +147,16 @@ def check_reference(reference: int) -> None:
         raise UserError(f"reference={reference} is not valid: give -1 (the last prompt token) to -64")
 
 
-def check_falling(name: str, keeps: Sequence[Budget], tokens: int) -> None:
-    """Refuse budgets of successive layers of which one keeps more than the one before left."""
-    counts = [count_of(keep, tokens) for keep in keeps]
-    if any(later > earlier for earlier, later in itertools.pairwise(counts)):
+def check_falling(name: str, keeps: Sequence[Budget], tokens: int | None) -> None:
+    """Refuse budgets of successive layers of which one keeps more than the one before left.
+
+    Where images differ in their tokens (None), counts are compared with counts and fractions with fractions.
+    """
+    if tokens is None:
+        pairs = [(one, other) for one, other in itertools.pairwise(keeps) if type(one) is type(other)]
+    else:
+        pairs = list(itertools.pairwise([count_of(keep, tokens) for keep in keeps]))
+    if any(later > earlier for earlier, later in pairs):
         raise UserError(f"{name}={list(keeps)} is not valid: a layer cannot keep more than the one before it left")
 
 

@@ -64,7 +64,7 @@ class PerImage(Method):
             return getattr(list(self._share(images, image).stages(geometry))[number], name)
 
         if isinstance(stage, BeforeLayer):
-            return replace(stage, select=lambda view: self._decide(view, geometry.image_tokens, stage.select, of))
+            return replace(stage, select=lambda view: self._decide(view, geometry.image_tokens or 1, stage.select, of))
         if isinstance(stage, Guide):
 
             def ranked(name: str) -> Callable:
@@ -72,7 +72,7 @@ class PerImage(Method):
                     whole = getattr(stage, name)
                     return self._decide(
                         view,
-                        geometry.image_tokens,
+                        geometry.image_tokens or 1,
                         lambda view: whole(scores, view),
                         lambda images, image, _: _on_scores(of(images, image, name), scores),
                     )

@@ -124,7 +124,7 @@ class SparseVLM(Method):
                 check_count("schedule", budget, geometry.image_tokens)
             stages.append(BeforeLayer(layer + 1, _Pruning(self, budget), renumber=self.version == "1.5"))
         first = self.budgets[0]
-        if self.schedule is None and first is not None and geometry.image_tokens < first:
+        if self.schedule is None and first is not None and (geometry.image_tokens or first) < first:
             raise UserError(
                 f"keep={self.keep} keeps {first} tokens at first, an image of this model has "
                 f"{geometry.image_tokens}: give a schedule"

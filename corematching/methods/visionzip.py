@@ -65,6 +65,7 @@ class VisionZip(Method):
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         patches = geometry.image_tokens
+        assert patches is not None  # towers with [CLS] see square crops
         if self.keep is not None:
             check_count("keep", self.keep, patches)
         dominant, contextual = self.split(patches)

@@ -1,0 +1,75 @@
+"""LLaVA-NeXT and LLaVA-OneVision: the whole image small, then crops of the enlarged one laid out as one map.
+
+The map is cut to the image's own aspect ratio, and a newline token ends each of its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.image_processing_utils import select_best_resolution
+
+from corematching.models.families.base import Family
+from corematching.models.families.tokens import THUMBNAIL, ImageTokens, Tile
+
+
+class LlavaNext(Family):
+    """LLaVA-NeXT (CLIP tower with [CLS], Vicuna or Mistral)."""
+
+    def crops(self, config: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """Crops, (rows, columns), of an image of a size (height, width)."""
+        side = config.vision_config.image_size
+        height, width = select_best_resolution(size, config.image_grid_pinpoints)
+        return height // side, width // side
+
+    def whole(self, inputs: Mapping[str, Any]) -> list[bool]:
+        """Per image: whether it is seen small only."""
+        return [False] * len(inputs["image_sizes"])
+
+    def images(self, config: Any, inputs: Mapping[str, Any]) -> list[ImageTokens]:
+        if inputs.get("image_sizes") is None:
+            return []
+        sizes = [(int(height), int(width)) for height, width in inputs["image_sizes"]]
+        return [self.image(config, size, small) for size, small in zip(sizes, self.whole(inputs), strict=True)]
+
+    def image(self, config: Any, size: tuple[int, int], small: bool) -> ImageTokens:
+        """The tokens of an image of a size (height, width)."""
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        if small:
+            return ImageTokens((Tile(side, side, newline="tile"),), (1, side, side))
+        across = self.crops(config, size)
+        rows, columns = self.shown(config, *unpadded(size, (across[0] * side, across[1] * side)))
+        tiles = (Tile(side, side, THUMBNAIL), Tile(rows, columns, newline="row"))
+        return ImageTokens(tiles, (1 + across[0] * across[1], side, side))
+
+    def shown(self, config: Any, rows: int, columns: int) -> tuple[int, int]:
+        """Grid of the tokens that a map of so many patches becomes."""
+        return rows, columns
+
+
+class LlavaOnevision(LlavaNext):
+    """LLaVA-OneVision (SigLIP tower without [CLS], Qwen2): large maps are resized, several images are seen small."""
+
+    def whole(self, inputs: Mapping[str, Any]) -> list[bool]:
+        together = inputs.get("batch_num_images")
+        if together is None:
+            return super().whole(inputs)
+        return [int(number) > 1 for number in together for _ in range(int(number))]
+
+    def shown(self, config: Any, rows: int, columns: int) -> tuple[int, int]:
+        most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        ratio = math.sqrt(rows * columns / (most * side**2))
+        return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+def unpadded(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a map that show an image of a size (height, width), as transformers cuts its padding off."""
+    (height, width), (rows, columns) = size, grid
+    if width / height > columns / rows:
+        cut = (rows - int(round(height * (columns / width), 7))) // 2
+        return rows - 2 * cut, columns
+    cut = (columns - int(round(width * (rows / height), 7))) // 2
+    return rows, columns - 2 * cut

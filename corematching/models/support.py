@@ -1,0 +1,34 @@
+"""Which methods can run on which model families, and why others cannot: asked of a method's stages, not of its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from corematching.methods.base import Guide, Method, VisionBlocks, VisionOutput
+from corematching.models.families import family_of
+
+
+def refusal(config: Any, method: Method) -> str | None:
+    """Why a method cannot run on a model, in one line; None if it can.
+
+    Parameters
+    ----------
+    config
+        The model's transformers config.
+
+    Raises
+    ------
+    UserError
+        If the method's parameters do not fit the model.
+    """
+    family = family_of(config)
+    if family.model_type == "llava":
+        return None
+    kinds = {type(stage) for stage in method.stages(family.geometry(config))}
+    if VisionBlocks in kinds:
+        return "it merges patches inside the vision tower, and tokens are no single patches there"
+    if VisionOutput in kinds:
+        return "it chooses at the vision tower's output, which this family packs before the decoder"
+    if Guide in kinds:
+        return "its guide must see the same visual tokens, and no small model of this family does"
+    return None
