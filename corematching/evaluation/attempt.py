@@ -31,7 +31,7 @@ def attempt(
     evaluator: Any,
     store: Store,
     reporter: Reporter,
-    on_record: OnRecord,
+    on_record: OnRecord = lambda cell, record: None,
 ) -> list[Cell]:
     """Compute cells that can be answered together and store each as soon as it is scored, failures included.
 

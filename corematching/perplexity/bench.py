@@ -64,7 +64,7 @@ def run(config: DictConfig) -> int:
             reporter.say(line)
         reporter.say(f"{experiment.name}: {len(experiment.cells)} cells, {len(pending)} to run -> {experiment.folder}")
         for cell in pending:
-            attempt(cell, experiment, reader, store, reporter)
+            attempt([cell], experiment, reader, store, reporter)
         if pending and settings["report"]:
             publish_run(store.root, reporter.say, lambda make: None)
         return conclude(experiment, store, reporter)
