@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    CLIPImageProcessor,
     GenerationConfig,
     GotOcr2ImageProcessor,
     InternVLProcessor,
@@ -21,6 +22,7 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
@@ -115,6 +117,18 @@ class SmallFamily:
         return {"image_token_id": own["image_token_id"]} if model_type == "internvl" else own
 
 
+def _llava(tokenizer: Any, template: str) -> Any:
+    crop = {"height": SIDE, "width": SIDE}
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=crop),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
 def _llava_next(tokenizer: Any, template: str) -> Any:
     images = LlavaNextImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
@@ -164,6 +178,19 @@ def _internvl(tokenizer: Any, template: str) -> Any:
 
 
 SMALL_FAMILIES: dict[str, SmallFamily] = {
+    "llava": SmallFamily(
+        (),
+        CHAT_TEMPLATE,
+        {
+            "model_type": "llava",
+            "text_config": {"model_type": "llama", **TEXT},
+            "vision_config": CLIP,
+            "vision_feature_select_strategy": "default",
+            "vision_feature_layer": -2,
+            "image_seq_length": (SIDE // 14) ** 2,
+        },
+        _llava,
+    ),
     "llava_next": SmallFamily(
         (),
         CHAT_TEMPLATE,
@@ -285,7 +312,6 @@ def small_family(name: str, seed: int = 0) -> tuple[Any, Any]:
         for parameter in model.parameters():
             if parameter.dim() > 1:  # spread out, so that answers depend on the image and no decision is a near tie
                 parameter.data.normal_(0, parameter.shape[1:].numel() ** -0.5)
-        model.lm_head.weight.data.normal_(0, 1.0)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
