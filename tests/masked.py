@@ -9,6 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEW = 5
+"""Decoded tokens."""
+
+
+def answered(model: Any, inputs: dict[str, Tensor], steps: int = NEW + 1) -> tuple[Tensor, Tensor]:
+    """Tokens [B, steps] and the logits they come from [B, steps, vocabulary]."""
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return output.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(output.logits, 1)
+
 
 @contextmanager
 def hidden_keys(layers: Sequence[Any], seen: Sequence[Tensor]) -> Iterator[None]:
