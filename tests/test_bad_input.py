@@ -48,18 +48,20 @@ METHODS = [
     [{"name": "fastv", "label": "a\tb"}, {"name": "random", "label": "a b"}],
 ]
 NO_COUNTS = (0, 1.5, NAN, True, "many", [[1]], 10**30)
-COUNTS = ("batch_size", "limit", "generation.max_new_tokens", "model.batch_size", "model.layers")
+COUNTS = ("batch_size", "together", "limit", "generation.max_new_tokens", "model.batch_size", "model.layers")
 NO_TEXTS = (5, NAN, True, "", [], {"a": 1})
 NO_CHOICES = (5, None, True, "nothing", "", [], {"a": 1})
 SETTINGS = {
     "methods": METHODS,
     "keep": (None, 0, -1, 577, 1.5, NAN, math.inf, True, "many", [[1]], {"a": 1}, [64, "x"], [1, 1.0]),
     **dict.fromkeys(
-        ("batch_size", "limit", "generation.max_new_tokens", "model.num_layers", "model.batch_size"), NO_COUNTS
+        ("batch_size", "together", "limit", "generation.max_new_tokens", "model.num_layers", "model.batch_size"),
+        NO_COUNTS,
     ),
     **dict.fromkeys(("model.visual_tokens", "model.vision_layers"), NO_COUNTS[:3]),
     **dict.fromkeys(("seed", "data.seed"), (None, -1, 2**32, 1.5, NAN, True, "x", [])),
     "data.n": (None, 1, 10**9, 2.5, NAN, True, "x", []),
+    "data.per_image": (0, -1, 10**9, 2.5, NAN, True, "x", []),
     **dict.fromkeys(("report", "debug", "model.comparable"), (None, 1, 0, "yes", [], {"a": 1})),
     **dict.fromkeys(("results_dir", "experiment", "model.name"), (None, *NO_TEXTS)),
     "model.revision": NO_TEXTS,

@@ -77,6 +77,14 @@ def test_gqa_questions_point_to_their_images(suite: Path) -> None:
     assert {row["imageId"] for row in questions} == {row["id"] for row in images}
 
 
+def test_images_are_asked_about_as_often_as_wanted(tmp_path: Path) -> None:
+    write_mini(tmp_path, 60, 0, ["GQA"], per_image=20)
+    questions = rows_of(tmp_path, "GQA/testdev_balanced_instructions/testdev-00000-of-00001.parquet")
+    about = Counter(row["imageId"] for row in questions)
+    assert list(about.values()) == [20, 20, 20]
+    assert len({(row["imageId"], row["question"]) for row in questions}) == 60
+
+
 def test_ten_annotators_agree_enough(suite: Path) -> None:
     for row in rows_of(suite, "VQAv2/data/validation-00000-of-00001.parquet"):
         assert sorted(answer["answer_id"] for answer in row["answers"]) == list(range(1, 11))

@@ -3,6 +3,7 @@
 Knows transformers and the methods, not lmms-eval; `corematching.evaluation.lmms_model` adapts it.
 """
 
+import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class Generator:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self._prompting = copy.deepcopy(processor)
+        """For prompts, which are made by another thread than answers are read in."""
 
     def answer(
         self, questions: Sequence[Question], method: Any, on_done: Callable[[int], None] = lambda count: None
@@ -132,7 +135,7 @@ class Generator:
         geometry = self.family.geometry(self.model.config)
         prompts = Prompts(
             questions,
-            self.processor,
+            self._prompting,
             self.prompt,
             self.image,
             geometry.image_tokens or 1,

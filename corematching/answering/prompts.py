@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -78,7 +77,8 @@ class Prompts:
     questions
         What is asked.
     processor
-        Of the model; its tokenizer pads on the left.
+        Of the model; its tokenizer pads on the left. Used by a thread of its own while batches are made, and a
+        tokenizer must not be used by two threads at once: nobody else may use this one meanwhile.
     prompt, image
         See :mod:`corematching.answering.conversation`.
     image_tokens
@@ -96,8 +96,7 @@ class Prompts:
         image_tokens: int,
         most_context: int | None,
     ) -> None:
-        # Of our own: a tokenizer must not be used by two threads at once.
-        self.questions, self.processor = questions, copy.deepcopy(processor)
+        self.questions, self.processor = questions, processor
         self.prompt, self.image = prompt, image
         self.image_tokens, self.most_context = image_tokens, most_context
         self.pictures = Pictures(self._prepare, len(questions))

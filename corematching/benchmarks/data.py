@@ -35,12 +35,15 @@ class DataSource:
         Mini only: questions per benchmark, and the generator's seed.
     revision
         Hub only: branch, tag or commit; None means ``main``.
+    per_image
+        Mini only: questions about each image; None leaves it to the dataset.
     """
 
     name: str
     n: int = 300
     seed: int = 0
     revision: str | None = None
+    per_image: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
@@ -59,7 +62,7 @@ class DataSource:
         if self.name == "mini":
             from corematching.benchmarks.mini.writers import ensure_mini
 
-            return ensure_mini(benchmark.folder, self.n, self.seed) / benchmark.folder
+            return ensure_mini(benchmark.folder, self.n, self.seed, self.per_image) / benchmark.folder
         from corematching.benchmarks.hub import dataset_folder
 
         return dataset_folder(benchmark, self.revision)
@@ -69,7 +72,7 @@ class DataSource:
         if self.name == "mini":
             from corematching.benchmarks.mini.writers import content_version
 
-            return content_version(benchmark.folder, self.n, self.seed)
+            return content_version(benchmark.folder, self.n, self.seed, self.per_image)
         return self.root(benchmark).name
 
     def version_at_hand(self, benchmark: Benchmark) -> str | None:
@@ -77,7 +80,7 @@ class DataSource:
         if self.name == "mini":
             from corematching.benchmarks.mini.writers import version_at_hand
 
-            return version_at_hand(benchmark.folder, self.n, self.seed)
+            return version_at_hand(benchmark.folder, self.n, self.seed, self.per_image)
         from corematching.benchmarks.hub import cached, dataset_repo
 
         folder = cached(dataset_repo(benchmark, self.revision))

@@ -139,6 +139,7 @@ class Mini(Part):
     name: Literal["mini"]
     n: Annotated[int, Field(ge=2, le=100_000), Worded("a whole number from 2 to 100000")]
     seed: Seed
+    per_image: Annotated[int, Field(ge=1, le=1000), Worded("a whole number from 1 to 1000, or null")] | None
 
 
 class Hub(Part):

@@ -28,9 +28,11 @@ VERSION = 2
 _SCENES_PER_SEED = 1_000_000
 _LETTERS = "ABCD"
 _VIDEO_FRAMES = 3
+_IDLE = 5
+"""Times in a row that asking about a scene again brings nothing new, before it counts as asked out."""
 
 
-def ensure_mini(folder: str, n: int, seed: int) -> Path:
+def ensure_mini(folder: str, n: int, seed: int, per_image: int | None = None) -> Path:
     """Return the cached suite that holds dataset `folder`, writing or repairing it first if need be.
 
     Parameters
@@ -41,34 +43,42 @@ def ensure_mini(folder: str, n: int, seed: int) -> Path:
         Questions per benchmark.
     seed
         Seed of the generator.
+    per_image
+        See `write_mini`.
     """
-    root = _suite(n, seed)
+    root = _suite(n, seed, per_image)
     if not intact(root / folder):
-        write_mini(root, n, seed, [folder])
+        write_mini(root, n, seed, [folder], per_image)
     return root
 
 
-def content_version(folder: str, n: int, seed: int) -> str:
+def content_version(folder: str, n: int, seed: int, per_image: int | None = None) -> str:
     """Name of the generated content: depends on rows and pixels, not on how the files are compressed."""
-    return _version(ensure_mini(folder, n, seed) / folder, n, seed)
+    return _version(ensure_mini(folder, n, seed, per_image) / folder, _named(n, seed, per_image))
 
 
-def version_at_hand(folder: str, n: int, seed: int) -> str | None:
+def version_at_hand(folder: str, n: int, seed: int, per_image: int | None = None) -> str | None:
     """`content_version` if the dataset has been written before; None if not."""
-    root = _suite(n, seed)
-    return _version(root / folder, n, seed) if (root / folder / MANIFEST).is_file() else None
+    dataset = _suite(n, seed, per_image) / folder
+    return _version(dataset, _named(n, seed, per_image)) if (dataset / MANIFEST).is_file() else None
 
 
-def _version(dataset: Path, n: int, seed: int) -> str:
+def _version(dataset: Path, named: str) -> str:
     manifest = json.loads((dataset / MANIFEST).read_text(encoding="utf-8"))
-    return f"mini{VERSION}-n{n}-s{seed}-{manifest['content'][:12]}"
+    return f"mini{VERSION}-{named}-{manifest['content'][:12]}"
 
 
-def _suite(n: int, seed: int) -> Path:
-    return cache_home() / "mini" / f"{_generator()}-n{n}-s{seed}"
+def _named(n: int, seed: int, per_image: int | None) -> str:
+    return f"n{n}-s{seed}" + (f"-i{per_image}" if per_image else "")
 
 
-def write_mini(root: Path, n: int, seed: int, folders: Iterable[str] | None = None) -> None:
+def _suite(n: int, seed: int, per_image: int | None) -> Path:
+    return cache_home() / "mini" / f"{_generator()}-{_named(n, seed, per_image)}"
+
+
+def write_mini(
+    root: Path, n: int, seed: int, folders: Iterable[str] | None = None, per_image: int | None = None
+) -> None:
     """Write datasets below `root`, each complete or not at all.
 
     Parameters
@@ -81,11 +91,14 @@ def write_mini(root: Path, n: int, seed: int, folders: Iterable[str] | None = No
         Equal seeds give equal rows and pixels.
     folders
         Keys of `WRITERS`; None writes all.
+    per_image
+        Questions about each image, instead of the one to three that a dataset has here (GQA asks some thirty). Images
+        that allow fewer different questions get fewer; POPE, MME and the rotations of MMBench keep theirs.
     """
     for folder in WRITERS if folders is None else folders:
         if folder not in WRITERS:
             raise UserError(f"the mini suite has no dataset {folder!r}; it has {', '.join(WRITERS)}")
-        publish(root / folder, WRITERS[folder](_Source(folder, seed), n))
+        publish(root / folder, WRITERS[folder](_Source(folder, seed, per_image), n))
 
 
 @functools.cache
@@ -98,7 +111,8 @@ def _generator() -> str:
 class _Source:
     """Scenes of one dataset and the questions about them; no two datasets or seeds share a scene."""
 
-    def __init__(self, folder: str, seed: int) -> None:
+    def __init__(self, folder: str, seed: int, per_image: int | None = None) -> None:
+        self.per_image = per_image
         block = seed * len(WRITERS) + list(WRITERS).index(folder)
         self._numbers = itertools.count(block * _SCENES_PER_SEED)
         self.rng = random.Random(f"{folder} {seed}")
@@ -109,17 +123,31 @@ class _Source:
         return number % _SCENES_PER_SEED, make_scene(number, "test")
 
     def ask(self, benchmark: str, n: int, per_scene: int) -> Iterator[tuple[int, Image.Image, Question]]:
-        """`n` questions with scene number and picture, at most `per_scene` for each scene."""
+        """`n` questions with scene number and picture, at most `per_scene` (or what was asked for) for each scene."""
         asked = 0
         while asked < n:
             number, scene = self.scene()
-            questions = questions_for(benchmark, scene, self.rng)[: min(per_scene, n - asked)]
+            questions = questions_for(benchmark, scene, self.rng)
+            if self.per_image:
+                questions, per_scene = self._more(benchmark, scene, questions), self.per_image
+            questions = questions[: min(per_scene, n - asked)]
             if not questions:
                 continue
             picture = render(scene)
             for question in questions:
                 yield number, picture, question
             asked += len(questions)
+
+    def _more(self, benchmark: str, scene: Scene, questions: list[Question]) -> list[Question]:
+        """These questions and different ones, until there are enough or asking again brings nothing new."""
+        assert self.per_image is not None
+        found, idle = {question.text: question for question in questions}, 0
+        while len(found) < self.per_image and idle < _IDLE:
+            before = len(found)
+            for question in questions_for(benchmark, scene, self.rng):
+                found.setdefault(question.text, question)
+            idle = 0 if len(found) > before else idle + 1
+        return list(found.values())
 
     def annotators(self, question: Question, other: str) -> list[str]:
         """Ten answers, of which up to three disagree, as real annotators do; the score of the right one stays 1."""
