@@ -13,6 +13,7 @@ from synthetic_store import cell_config, cell_record
 
 from corematching.errors import UserError
 from corematching.evaluation.cells import Cell, canonical_json
+from corematching.results import claims
 from corematching.results import store as store_module
 from corematching.results.store import Store, UnreadableCellWarning, plain
 from corematching.results.table import build_table
@@ -165,43 +166,31 @@ def test_a_claim_excludes_others_until_it_ends(tmp_path):
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-@pytest.mark.filterwarnings("ignore:no file locks")
-def test_without_locks_two_writers_both_get_on(tmp_path, monkeypatch):
-    """Each is in the middle of writing when the other claims, writes and publishes the same cell."""
+def test_two_writers_of_one_cell_both_get_on(tmp_path, monkeypatch):
+    """One stood still too long: in the middle of its writing, the other claims, writes and publishes the same cell."""
     first, second = Store(tmp_path), Store(tmp_path)
-
-    def no_locks(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr("corematching.results.claims.fcntl.flock", no_locks)
+    monkeypatch.setattr(claims, "EXPIRY", 0.0)
     for late, value in ((record(), 50.0), (record(score={**record()["score"], "value": 60.0}), 60.0)):
-        publish, done = first._publish, []
+        stage, done = first._stage, []
 
-        def meanwhile(*staged, publish=publish, done=done):
+        def meanwhile(*given, stage=stage, done=done):
             if not done:
                 done.append(True)
+                with second.claim(CELL.id):
+                    pass  # seen for the first time
                 with second.claim(CELL.id) as mine:
                     assert mine
                     second.write(record(), SAMPLES)
-            return publish(*staged)
+            return stage(*given)
 
-        monkeypatch.setattr(first, "_publish", meanwhile)
+        monkeypatch.setattr(first, "_stage", meanwhile)
         with first.claim(CELL.id) as mine:
             assert mine
             first.write(late, SAMPLES)
         assert done
         assert first.read(CELL.id)["score"]["value"] == value
         assert list((tmp_path / "staging").iterdir()) == []
-        monkeypatch.setattr(first, "_publish", publish)
-
-
-def test_missing_locks_are_said(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr("corematching.results.claims.fcntl.flock", no_locks)
-    with pytest.warns(UserWarning, match="no file locks"):
-        Store(tmp_path).claim(CELL.id).__enter__()
+        monkeypatch.setattr(first, "_stage", stage)
 
 
 def test_a_cell_published_between_our_two_renames_is_no_error(tmp_path, monkeypatch):

@@ -4,12 +4,12 @@ Layout, below ``<results_dir>/<experiment>/``::
 
     cells/<cell id>/cell.json        configuration, metrics, trace summary, timing, provenance, status, checksums
     cells/<cell id>/samples.parquet  one row per question
-    claims/<cell id>.lock            held (flock) while a process computes the cell
+    claims/<cell id>.<n>.lease       held while a process computes the cell (`corematching.results.claims`)
     staging/                         cells being written; whatever lies here is not a result
 
 A reader never sees half a cell: both files are written and synced in ``staging`` and the folder is then renamed. Nor
-does it see a changed one (`corematching.results.seal`). A process that dies releases its claims with it, because the
-kernel drops its locks.
+does it see a changed one (`corematching.results.seal`). Two processes that write the same cell both get on: each has staging
+folders of its own, and one cell replaces the other whole.
 """
 
 import errno
@@ -28,7 +28,7 @@ from corematching.errors import UserError
 from corematching.files import remove, sync
 from corematching.results import record as schema
 from corematching.results import seal
-from corematching.results.claims import Claim, claim
+from corematching.results.claims import Claims, Holder
 from corematching.results.reading import RECORD, SAMPLES, SCHEMA, UnusableCell, digest, read_cell
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Store:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
+        self._claims = Claims(self.root / "claims")
         try:
             for folder in (self.cells, self.root / "claims", self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -125,19 +126,28 @@ class Store:
             reason = f"{record['id']} is not the id of its configuration"
         if reason:
             raise ValueError(f"not a cell record: {reason}")
-        # No two writers share a name, not even on two machines that lock nothing.
-        staged = self._staging / f"{record['id']}-{os.getpid()}-{secrets.token_hex(6)}"
         try:
-            staged.mkdir()
-            return self._publish(self._stage(staged, record, samples), staged)
+            return self._write_staged(record, samples)
         except OSError as error:
             raise UserError(
                 f"cannot store a cell in '{self.root}' ({error.strerror or error}); finished cells are safe, "
                 "run the same command again to resume"
             ) from error
+
+    def _write_staged(self, record: dict[str, Any], samples: "pd.DataFrame | None", again: bool = True) -> Path:
+        # No two writers share a name, not even on two machines.
+        staged = self._staging / f"{record['id']}-{os.getpid()}-{secrets.token_hex(6)}"
+        try:
+            staged.mkdir()
+            return self._publish(self._stage(staged, record, samples), staged)
+        except OSError:
+            if not again or staged.is_dir():
+                raise
         finally:
             with suppress(OSError):
                 remove(staged)
+        # We stood still so long that another process took the cell over and cleared up after us.
+        return self._write_staged(record, samples, again=False)
 
     def _stage(self, staged: Path, record: dict[str, Any], samples: "pd.DataFrame | None") -> dict[str, Any]:
         """Write and sync a cell's files; returns the record as written."""
@@ -175,20 +185,21 @@ class Store:
 
     @contextmanager
     def claim(self, cell_id: str) -> Iterator[bool]:
-        """Try to reserve a cell for this process; yields whether that worked.
-
-        The claim is an ``flock``, so it ends with the process however that ends. On file systems without locks the
-        claim is granted with a warning: two processes may then compute the same cell, and both get on.
+        """Try to reserve a cell for this process; yields whether that worked. See `corematching.results.claims`.
 
         Raises
         ------
         UserError
-            If the lock file cannot be made.
+            If the claim cannot be written.
         """
-        with claim(self.root / "claims" / f"{cell_id}.lock") as how:
-            if how is Claim.HELD:  # then whatever is staged for this cell is a dead process's
+        with self._claims.claim(cell_id) as mine:
+            if mine:  # then whatever is staged for this cell is a dead process's
                 self._clear(cell_id)
-            yield how is not Claim.TAKEN
+            yield mine
+
+    def holder(self, cell_id: str) -> Holder | None:
+        """Who computes a cell now, as far as is known."""
+        return self._claims.holder(cell_id)
 
     def _clear(self, cell_id: str) -> None:
         for leftover in self._staging.glob(f"{cell_id}-*"):
