@@ -1,7 +1,7 @@
 """Cells, claimed, computed and stored one by one, whatever came out, be it a result or a failure."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
@@ -56,7 +56,7 @@ def attempt(
         evaluator.company = tuple(held)
         for cell, own in held.items():
             reporter.start(cell, held)
-            record, samples = _compute(cell, evaluator, reporter)
+            record, samples = _compute(cell, experiment, evaluator, reporter)
             store.write(record, samples)
             own.close()
             reporter.finish(cell, record)
@@ -64,7 +64,7 @@ def attempt(
         return [cell for cell in company if cell not in seen]
 
 
-def _compute(cell: Cell, evaluator: Any, reporter: Reporter) -> tuple[dict[str, Any], Any]:
+def _compute(cell: Cell, experiment: Experiment, evaluator: Any, reporter: Reporter) -> tuple[dict[str, Any], Any]:
     """A cell's record and sample rows."""
     started, clock = datetime.now(UTC), time.perf_counter()
     samples = None
@@ -73,7 +73,17 @@ def _compute(cell: Cell, evaluator: Any, reporter: Reporter) -> tuple[dict[str, 
     except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
         result = {"status": "failed", "error": describe(error)}
     of_others = result.get("timing", {}).pop("seconds_of_others", 0.0)
-    return new_record(cell, "accuracy", started, time.perf_counter() - clock - of_others, result), samples
+    seconds = time.perf_counter() - clock - of_others
+    return new_record(cell, "accuracy", started, seconds, result, settings=how_made(experiment.settings)), samples
+
+
+def how_made(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are no part of a cell's identity and are needed to make it again (`corematching.evaluation.again`).
+
+    The data's version names what came out of its settings; batches decide the order of additions.
+    """
+    names = ("data", "text", "batch_size", "together")
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 def finished(record: dict[str, Any] | None, experiment: Experiment) -> bool:
