@@ -76,6 +76,20 @@ CHOICES = (
         "official code",
         "–",
     ),
+    Choice(
+        "as_vit",
+        "images of a batch",
+        "each keeps its own patches above the thresholds, at least its best one",
+        "paper; the code gives all images of a batch the mean count",
+        "–",
+    ),
+    Choice(
+        "as_vit",
+        "what is trained",
+        "the thresholds alone, as logarithms, through the LLM's answers",
+        "neither (a classifier is fine-tuned with them): the bundled model stays as it is",
+        "–",
+    ),
     Choice("h2o", "equal scores", "`torch.topk`'s order", "official code", "`ties=first`: lower position"),
     Choice(
         "csp",

@@ -29,6 +29,8 @@ REDUCED = {
     "visionzip dominant only": ({"dominant": 9, "contextual": 0}, 9),
     "fastervlm": ({"keep": 10}, 10),
     "vtc_cls": ({"layer": 1, "keep": 10}, 10),
+    "as_vit": ({"layers": (1, 2), "thresholds": (0.008, 0.016)}, None),
+    "as_vit late": ({"layers": (2,), "thresholds": (0.012,)}, None),
     "divprune": ({"keep": 0.32}, 20),
     "dart": ({"keep": 24, "layer": 2}, 4 + 3 * 8),
 }
@@ -43,6 +45,7 @@ EVERYTHING = {
     "visionzip": {"dominant": IMAGE_TOKENS - 4, "contextual": 4},
     "fastervlm": {"keep": 1.0},
     "vtc_cls": {"layer": 0, "keep": IMAGE_TOKENS},
+    "as_vit": {"layers": (1, 2), "thresholds": (0.0, 0.0)},
     "divprune": {"keep": 1.0},
     "dart": {"keep": 1.0},
     "cdpruner": {"keep": 1.0},
@@ -93,7 +96,9 @@ def test_batches_budgets_caches_and_removal(case, random_llava, prompts):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["tome", "tome_pre_llm", "prumerge adaptive", "fastervlm", "dart", "pooling"])
+@pytest.mark.parametrize(
+    "case", ["tome", "tome_pre_llm", "prumerge adaptive", "fastervlm", "as_vit", "dart", "pooling"]
+)
 def test_a_prompt_without_image_shares_a_batch(case, random_llava, prompts):
     batch = left_pad([make_prompt(7, images=0), prompts[2]])
     text_only = {key: batch[key][:1] for key in ("input_ids", "attention_mask")}
@@ -127,7 +132,7 @@ def test_beam_search_answers_alike_alone_and_in_a_batch(case, random_llava, prom
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["tome", "tome_pre_llm", "prumerge", "visionzip", "divprune"])
+@pytest.mark.parametrize("case", ["tome", "tome_pre_llm", "prumerge", "visionzip", "as_vit", "divprune"])
 def test_the_image_decides_not_only_its_place(case, random_llava):
     """Another picture behind the same text changes what is kept or merged."""
     first, second = make_prompt(3), make_prompt(4)
@@ -141,7 +146,8 @@ def test_the_image_decides_not_only_its_place(case, random_llava):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("case", "shorter"), [("fastervlm", True), ("divprune", True), ("visionzip", True), ("dart", False)]
+    ("case", "shorter"),
+    [("fastervlm", True), ("divprune", True), ("visionzip", True), ("as_vit", False), ("dart", False)],
 )
 def test_position_ids_follow_the_official_code(case, shorter, random_llava):
     """Renumbering methods hand the decoder consecutive positions, the others the original ones."""
@@ -193,6 +199,54 @@ def test_trace_and_overhead_tell_what_ran(random_llava):
 
 
 @torch.no_grad()
+def test_as_vit_keeps_each_images_patches_above_the_thresholds(random_llava):
+    """Against one image at a time, a softmax written out, and lists of the patches that are left."""
+    layers, thresholds = (1, 2), (0.008, 0.016)
+    prompt = make_prompt(5, images=3)
+    tower = random_llava.model.vision_tower
+    wanted, features = [], []
+    for pixels in prompt["pixel_values"]:
+        hidden = tower.pre_layrnorm(tower.embeddings(pixels[None]))[0]
+        left, scores = list(range(64)), None
+        for index, block in enumerate(tower.encoder.layers[:3]):
+            if index in layers:
+                stay = [i for i, score in enumerate(scores) if score > thresholds[layers.index(index)]]
+                left, hidden = [left[i] for i in stay], hidden[[0, *(i + 1 for i in stay)]]
+            attn, normed = block.self_attn, block.layer_norm1(hidden)
+            q, k, v = (
+                linear(normed).view(len(hidden), 2, 16).transpose(0, 1)
+                for linear in (attn.q_proj, attn.k_proj, attn.v_proj)
+            )
+            attention = (q @ k.transpose(1, 2) / 4).softmax(-1)
+            heads = attention @ v
+            lengths = heads.norm(dim=2)
+            scores = sum(attention[h, 0] * lengths[h] / lengths.sum(0) for h in range(2))[1:].tolist()
+            hidden = hidden + attn.out_proj(heads.transpose(0, 1).flatten(1))
+            hidden = hidden + block.mlp(block.layer_norm2(hidden))
+        wanted.append(left)
+        features.append(random_llava.model.multi_modal_projector(hidden[1:]))
+    with cm.build_method("as_vit", layers=layers, thresholds=thresholds)(random_llava) as trace:
+        seen = random_llava(**prompt).image_hidden_states
+    assert len({len(left) for left in wanted}) > 1, "the images must differ for the test to tell anything"
+    assert trace.samples[0].visual_tokens[0].tolist() == [64 * n + i for n, left in enumerate(wanted) for i in left]
+    torch.testing.assert_close(seen, torch.cat(features), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_as_vit_costs_what_ran_and_always_leaves_a_patch(random_llava, prompts):
+    with cm.build_method("as_vit", layers=(1, 2), thresholds=(0.008, 0.016))(random_llava) as trace:
+        for prompt in prompts:
+            with FlopCounterMode(display=False) as counter:
+                greedy(random_llava, prompt)
+            counted = cm.flops(random_llava.config, trace)
+            assert counted.total == pytest.approx(counter.get_total_flops(), rel=0.01)
+            trace.drain()
+    with cm.build_method("as_vit", layers=(1, 2), thresholds=(0.5, 0.9))(random_llava) as trace:
+        random_llava(**prompts[2])
+    assert [len(trace.samples[0].visual_tokens[0]), trace.samples[0].projected_tokens] == [2, 2]
+
+
+@torch.no_grad()
 def test_pooling_averages_neighbours(random_llava):
     """A quarter of the 8 x 8 grid is the 2 x 2 mean, listed by the lower right patch of each cell."""
     entered = []
@@ -228,6 +282,9 @@ def test_visionzip_splits_keep_as_the_official_settings_do(keep, split):
         ("prumerge_plus", {"keep_ratio": 0.7}, r"keep_ratio=0.7 .*0.5"),
         ("dart", {"image_pivots": 0}, r"image_pivots=0 "),
         ("divprune", {"keep": 0}, r"keep=0 "),
+        ("as_vit", {"thresholds": [0.1, 0.2]}, r"thresholds=\[0.1, 0.2\] .*layers=\[6, 12, 18\]"),
+        ("as_vit", {"thresholds": [0.1, 0.2, 1.0]}, r"thresholds=.*at most 1"),
+        ("as_vit", {"layers": [6, 18, 12]}, r"layers=.*ascending"),
     ],
 )
 def test_bad_parameters_are_named(name, parameters, message):
@@ -243,6 +300,7 @@ def test_bad_parameters_are_named(name, parameters, message):
         ("visionzip", {"keep": 65}, r"keep=65 .*64"),
         ("vtc_cls", {"layer": 3, "keep": 10}, r"layer=3 .*0 to 2"),
         ("fastervlm", {"keep": 65}, r"keep=65 .*64"),
+        ("as_vit", {}, r"layers=6 .*1 to 2"),
         ("cdpruner", {"keep": 10}, r"text_model=None"),
     ],
 )

@@ -134,8 +134,9 @@ def _vision_flops(config: Any, sample: SampleTrace) -> float:
     width = vision.hidden_size
     embedding = 2.0 * sample.images * rows * columns * width * vision.num_channels * vision.patch_size**2
     layers = 0.0
-    for entering, staying in zip(sample.vision_tokens, sample.vision_mlp_tokens, strict=True):
-        per_image = entering / max(sample.images, 1)
+    counts = zip(sample.vision_tokens, sample.vision_mlp_tokens, sample.vision_pairs, strict=True)
+    for entering, staying, pairs in counts:
+        per_image = pairs / entering if entering else 0.0
         layers += vision_layer_flops(width, vision.intermediate_size, entering, staying, per_image)
     return embedding + layers
 

@@ -327,6 +327,7 @@ class Guidance:
             masked_steps=0,
             vision_tokens=[0] * geometry.vision_depth,
             vision_mlp_tokens=[0] * geometry.vision_depth,
+            vision_pairs=[0] * geometry.vision_depth,
             projected_tokens=0,
             guide=guide,
         )

@@ -350,9 +350,8 @@ class Session:
             images = shared.images if shared else images_by_row(state.images, len(run.origin))
             run.book(prompt, images, state.ledger)
             run.replaced = self._replaced(run)
-        total = run.states[0].shape[0]
-        state.vision_tokens = [tokens // total for tokens in run.attention_tokens]
-        state.vision_mlp_tokens = [tokens // total for tokens in run.mlp_tokens]
+        state.vision_tokens = [[[tokens[i] for i in own] for own in run.images] for tokens in run.attention_tokens]
+        state.vision_mlp_tokens = [[sum(tokens[i] for i in own) for own in run.images] for tokens in run.mlp_tokens]
         if run.replaced is None:
             rows = torch.tensor([i for own in run.images for i in own], device=hidden.device)
             features = run.projected[rows]

@@ -27,7 +27,7 @@ from corematching.engine.cache import Rows
 from corematching.engine.layout import Layout
 from corematching.engine.state import PromptState
 from corematching.engine.vision import TowerRun
-from corematching.methods.base import BeforeLayer, ChooseNeurons, Guide, Stage, VisionBlocks, VisionOutput
+from corematching.methods.base import BeforeLayer, ChooseNeurons, Guide, Stage, VisionBlocks, VisionDrop, VisionOutput
 
 
 @dataclass
@@ -135,7 +135,7 @@ def common_layers(stages: Sequence[Sequence[Stage]], depth: int) -> frozenset[in
 
 def _unreduced(stages: Sequence[Stage], depth: int) -> int:
     """How many decoder layers see a prompt as it is."""
-    if any(isinstance(stage, VisionBlocks | VisionOutput | Guide) for stage in stages):
+    if any(isinstance(stage, VisionBlocks | VisionDrop | VisionOutput | Guide) for stage in stages):
         return 0
     return min((stage.layer for stage in stages if isinstance(stage, BeforeLayer)), default=depth)
 

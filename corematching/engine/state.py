@@ -55,10 +55,10 @@ class PromptState:
     """Per sample: positions for which logits were computed."""
     predictor_weights: float = 0.0
     zeroed_kv: list[int] = field(init=False)
-    vision_tokens: list[int] = field(default_factory=list)
-    """Per tower layer: tokens of one image that enter its attention."""
-    vision_mlp_tokens: list[int] = field(default_factory=list)
-    """Per tower layer: tokens of one image that enter its MLP."""
+    vision_tokens: list[list[list[int]]] = field(default_factory=list)
+    """Per tower layer and sample: tokens of each image that enter its attention."""
+    vision_mlp_tokens: list[list[int]] = field(default_factory=list)
+    """Per tower layer and sample: tokens of all images that enter its MLP."""
     projected_tokens: list[int] = field(default_factory=list)
     """Per sample."""
     kv_row_bytes: int = 0
@@ -180,8 +180,9 @@ class PromptState:
             neurons=[_row(neurons.get(layer), row) for layer in range(len(self.layouts))],
             ffn_mode=next((mode for mode in FFN_MODES if mode in modes), "dense"),
             masked_steps=max((ffn.masked_steps for ffn in self.ffn.values()), default=0),
-            vision_tokens=[tokens * self.images[row] for tokens in self.vision_tokens],
-            vision_mlp_tokens=[tokens * self.images[row] for tokens in self.vision_mlp_tokens],
+            vision_tokens=[sum(tokens[row]) for tokens in self.vision_tokens],
+            vision_mlp_tokens=[tokens[row] for tokens in self.vision_mlp_tokens],
+            vision_pairs=[sum(own * own for own in tokens[row]) for tokens in self.vision_tokens],
             projected_tokens=self.projected_tokens[row],
             head_positions=self.head_positions[row],
             decode_steps=self.decode_steps,

@@ -46,6 +46,8 @@ class SampleTrace:
     """Per tower layer: tokens entering its attention, all images together ([CLS] included)."""
     vision_mlp_tokens: list[int]
     """Per tower layer: tokens entering its MLP (differs when tokens merge in between)."""
+    vision_pairs: list[int]
+    """Per tower layer: pairs of tokens that its attention compares, each image's own."""
     projected_tokens: int
     """Tokens that went through the projector."""
     head_positions: int = 0

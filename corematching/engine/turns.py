@@ -95,7 +95,8 @@ def open_turn(
         session.geometry.vision_depth,
         image_tokens + int(session.family.has_cls(session.model.config)),
     )
-    state.vision_tokens = state.vision_mlp_tokens = [patches] * depth
+    state.vision_tokens = [[[patches] * count for count in images]] * depth
+    state.vision_mlp_tokens = [[patches * count for count in images]] * depth
     state.projected_tokens = list(layout.visual_counts)
     session.current = state
     session.activations.clear()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from corematching.engine.clip import instructions, load_clip_text
+from corematching.engine.tower_drop import TowerPass, dropping_pass
 from corematching.engine.views import Ledger, Prompt
 from corematching.errors import UserError
-from corematching.methods.base import Merge, Replace, VisionBlocks, VisionOutput
+from corematching.methods.base import Merge, Replace, VisionBlocks, VisionDrop, VisionOutput
 from corematching.models.families import Family
 
 
@@ -43,14 +44,17 @@ class TowerRun:
     states: list[Tensor]
     """hidden_states as transformers counts them: input of layer 0, then the output of every layer."""
     origin: Tensor
-    """Long [N, T]: tower position of each token at the feature layer ([CLS] is 0)."""
+    """Long [N, T]: tower position of each token at the feature layer ([CLS] is 0, padding -1)."""
     feature_index: int
     skip_cls: bool
     grid: tuple[int, int]
-    attention_tokens: list[int]
-    mlp_tokens: list[int]
+    attention_tokens: list[list[int]]
+    """Per block: tokens of every image that enter its attention."""
+    mlp_tokens: list[list[int]]
     ledger: Ledger
     """Overhead per image, then (from :meth:`book` on) per batch row."""
+    counts: list[int] | None = None
+    """Tokens of every image at the feature layer, if patches left on the way there; states are padded at the end."""
     model_path: str = ""
     """Where the whole model came from: its tokenizer lies there."""
     prompt: Prompt | None = None
@@ -64,7 +68,7 @@ class TowerRun:
     @property
     def merged(self) -> bool:
         """Whether tokens merged on the way to the feature layer."""
-        return self.states[self.feature_index].shape[1] != self.states[0].shape[1]
+        return self.counts is None and self.states[self.feature_index].shape[1] != self.states[0].shape[1]
 
     @property
     def features(self) -> Tensor:
@@ -125,13 +129,14 @@ class TowerRun:
 
     def of_images(self, images: Sequence[int]) -> TowerRun:
         """This pass for a list of its images, which may name one several times, as if nothing had been asked of it."""
-        rows, own = torch.tensor(images, device=self.origin.device), len(self.origin)
+        rows = torch.tensor(images, device=self.origin.device)
         return replace(
             self,
             states=[state[rows] for state in self.states],
             origin=self.origin[rows],
-            attention_tokens=[tokens // own * len(images) for tokens in self.attention_tokens],
-            mlp_tokens=[tokens // own * len(images) for tokens in self.mlp_tokens],
+            attention_tokens=[[tokens[image] for image in images] for tokens in self.attention_tokens],
+            mlp_tokens=[[tokens[image] for image in images] for tokens in self.mlp_tokens],
+            counts=None if self.counts is None else [self.counts[image] for image in images],
             ledger=Ledger(len(images)),
             _keys={},
             _projected=None,
@@ -149,8 +154,8 @@ class TowerRun:
         self.ledger.spend([sum(per_image[image] for image in own) for own in self.images])
 
 
-def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks | None) -> TowerRun:
-    """Run the tower over ``pixels`` [N, 3, h, w], merging between attention and MLP where ``blocks`` says so."""
+def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks | VisionDrop | None) -> TowerRun:
+    """Run the tower over ``pixels`` [N, 3, h, w]; tokens merge or leave inside it where ``blocks`` says so."""
     tower: Any = family.tower(model)
     config = model.config
     if not isinstance(config.vision_feature_layer, int):
@@ -158,33 +163,45 @@ def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks |
             f"vision_feature_layer={config.vision_feature_layer} is not supported by vision-side methods: "
             "valid is one layer (an int)"
         )
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    origin = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
-    state, ledger = Merge(hidden, torch.ones_like(hidden[..., :1], dtype=torch.float32), origin), Ledger(len(pixels))
-    states, origins, attention_tokens, mlp_tokens = [hidden], [origin], [], []
-    for index, layer in enumerate(tower.encoder.layers):
-        attention_tokens.append(state.origin.numel())
-        if blocks is None:
-            state = replace(state, hidden=layer(state.hidden, None))
-        else:
-            state = _merging_block(layer, index, state, blocks, hidden.shape[1], ledger)
-        mlp_tokens.append(state.origin.numel())
-        states.append(state.hidden)
-        origins.append(state.origin)
-    feature_index = config.vision_feature_layer % len(states)
+    hidden, ledger = tower.pre_layrnorm(tower.embeddings(pixels)), Ledger(len(pixels))
+    feature_index = config.vision_feature_layer % (len(tower.encoder.layers) + 1)
+    layers = tower.encoder.layers
+    if isinstance(blocks, VisionDrop):
+        passed = dropping_pass(layers, hidden, blocks, ledger)
+    else:
+        passed = _merging_pass(layers, hidden, blocks, ledger)
     return TowerRun(
         tower=tower,
         projector=family.projector(model),
-        states=states,
-        origin=origins[feature_index],
+        states=passed.states,
+        origin=passed.origins[feature_index],
         feature_index=feature_index,
         skip_cls=family.has_cls(config),
         grid=family.grid(config),
-        attention_tokens=attention_tokens,
-        mlp_tokens=mlp_tokens,
+        attention_tokens=passed.attention_tokens,
+        mlp_tokens=passed.mlp_tokens,
+        counts=passed.mlp_tokens[feature_index - 1] if passed.dropped else None,
         ledger=ledger,
         model_path=config._name_or_path,
     )
+
+
+def _merging_pass(layers: Any, hidden: Tensor, blocks: VisionBlocks | None, ledger: Ledger) -> TowerPass:
+    """Run the blocks over [N, T, d]; without ``blocks`` as they are."""
+    images, length = hidden.shape[:2]
+    origin = torch.arange(length, device=hidden.device).expand(images, -1)
+    state = Merge(hidden, torch.ones_like(hidden[..., :1], dtype=torch.float32), origin)
+    ran = TowerPass([hidden], [origin], [], [])
+    for index, layer in enumerate(layers):
+        ran.attention_tokens.append([state.origin.shape[1]] * images)
+        if blocks is None:
+            state = replace(state, hidden=layer(state.hidden, None))
+        else:
+            state = _merging_block(layer, index, state, blocks, length, ledger)
+        ran.mlp_tokens.append([state.origin.shape[1]] * images)
+        ran.states.append(state.hidden)
+        ran.origins.append(state.origin)
+    return ran
 
 
 def _merging_block(layer: Any, index: int, state: Merge, blocks: VisionBlocks, tokens: int, ledger: Ledger) -> Merge:
@@ -218,6 +235,9 @@ def image_decision(run: TowerRun, stage: VisionOutput | None) -> Replace | None:
     """
     skip = int(run.skip_cls)
     if stage is None:
+        if run.counts is not None:
+            origin, counts = run.origin[:, skip:] - skip, [count - skip for count in run.counts]
+            return Replace(run.projector(run.features), origin, counts=counts)
         if not run.merged:
             return None
         origin = run.origin[:, skip:] - skip
@@ -287,8 +307,8 @@ def per_sample(decision: Replace, images: Sequence[Sequence[int]], image_tokens:
     return Replace(new, new_origin, new_slot, kept)
 
 
-def stages_of(stages: Sequence[object]) -> tuple[VisionBlocks | None, VisionOutput | None]:
-    """The vision stages among a method's stages, at most one of each kind."""
-    blocks = [stage for stage in stages if isinstance(stage, VisionBlocks)]
+def stages_of(stages: Sequence[object]) -> tuple[VisionBlocks | VisionDrop | None, VisionOutput | None]:
+    """The vision stages among a method's stages, inside the tower and at its output, at most one of each."""
+    blocks = [stage for stage in stages if isinstance(stage, VisionBlocks | VisionDrop)]
     outputs = [stage for stage in stages if isinstance(stage, VisionOutput)]
     return (blocks[0] if blocks else None), (outputs[0] if outputs else None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from corematching.methods.parameters import check_types
 from corematching.methods.predictor import Predictor
-from corematching.methods.views import BlockView, FFNView, KVView, LayerView, VisionView
+from corematching.methods.views import BlockView, FFNView, KVView, LayerView, TowerView, VisionView
 
 
 # --------------------------------------------------------------------------------------------------- model geometry
@@ -168,6 +168,18 @@ class VisionBlocks:
 
 
 @dataclass(frozen=True)
+class VisionDrop:
+    """Patches leave inside the vision tower, before each of its blocks ``layers`` (0-based, from 1 on).
+
+    Every image keeps as many as its mask says; the blocks behind, the projector and the LLM see no others.
+    """
+
+    layers: tuple[int, ...]
+    select: Callable[[TowerView], Keep]
+    renumber: bool = False
+
+
+@dataclass(frozen=True)
 class AfterPrefill:
     """Shrink one layer's KV cache once its prefill is done."""
 
@@ -223,7 +235,7 @@ class Guide:
     """Leave the last visual token out of the positions that query."""
 
 
-Stage = BeforeLayer | VisionOutput | VisionBlocks | AfterPrefill | ChooseNeurons | PredictNeurons | Guide
+Stage = BeforeLayer | VisionOutput | VisionBlocks | VisionDrop | AfterPrefill | ChooseNeurons | PredictNeurons | Guide
 
 
 # ----------------------------------------------------------------------------------------------------------- method

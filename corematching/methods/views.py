@@ -256,6 +256,32 @@ class BlockView(Protocol):
         ...
 
 
+class TowerView(Protocol):
+    """N images between two blocks of the vision tower, P the patches of the one with most; [CLS] is not among them."""
+
+    @property
+    def layer(self) -> int:
+        """The block that comes next."""
+        ...
+
+    @property
+    def valid(self) -> Tensor:
+        """Bool [N, P]: False on padding (at the end)."""
+        ...
+
+    def cls_attention(self) -> Tensor:
+        """Attention probabilities [N, H, P] of [CLS] to the patches in the block before."""
+        ...
+
+    def head_norms(self) -> Tensor:
+        """[N, H, P] length of what every head of the block before gave out for each patch."""
+        ...
+
+    def spend(self, flops: float | Sequence[float]) -> None:
+        """Book method overhead, as :meth:`VisionView.spend` does."""
+        ...
+
+
 class KVView(Protocol):
     """One decoder layer after its prefill."""
 

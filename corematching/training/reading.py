@@ -107,11 +107,17 @@ def twin_of(scene: Scene, rng: random.Random) -> Scene:
 
 
 def run_layers(
-    model, batch: PackedBatch, visual: Tensor, reading: ReadingLayers | None = None, taps: Collection[int] = ()
+    model,
+    batch: PackedBatch,
+    visual: Tensor,
+    reading: ReadingLayers | None = None,
+    taps: Collection[int] = (),
+    policy: Tensor | None = None,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Hidden states of the text blocks after so many layers as `taps` names, and at the end, each (n, text, width).
 
-    Without `reading`, logits are those of the stock model (a test compares them).
+    Without `reading`, logits are those of the stock model (a test compares them). `policy` (n, visual) holds 1 for
+    visual tokens that are there and 0 for those that are not; its gradient says what text would gain from each.
     """
     language = model.model.language_model
     embed = language.embed_tokens
@@ -121,7 +127,7 @@ def run_layers(
     tapped: dict[int, Tensor] = {}
     for number, layer in enumerate(language.layers):
         sources = reading.sources(number, n) if reading else None
-        hidden = hidden + _attend(layer, hidden, rotary, batch.mask, slice(front, start), sources)
+        hidden = hidden + _attend(layer, hidden, rotary, batch.mask, slice(front, start), sources, policy)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         if number + 1 in taps:
             tapped[number + 1] = hidden[:, start:]
@@ -130,7 +136,7 @@ def run_layers(
 
 def _attend(
     layer, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, image: slice,
-    sources: tuple[Tensor, Tensor] | None,
+    sources: tuple[Tensor, Tensor] | None, policy: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The attention half of a decoder layer; text rows see the visual keys and values of the rows `sources`."""
     attention = layer.self_attn
@@ -141,11 +147,41 @@ def _attend(
     )
     query, key = apply_rotary_pos_emb(query, key, *rotary)
     attend, stop = nn.functional.scaled_dot_product_attention, image.stop
-    before = attend(query[:, :, :stop], key[:, :, :stop], value[:, :, :stop], is_causal=True)
+    first = query[:, :, :stop], key[:, :, :stop], value[:, :, :stop]
+    if policy is None:
+        before = attend(*first, is_causal=True)
+    else:
+        weights = nn.functional.pad(policy, (image.start, 0), value=1.0)
+        there = (weights[:, None, None] > 0).expand(-1, 1, stop, -1).tril()
+        itself = torch.eye(stop, dtype=torch.bool, device=hidden.device)
+        before = attend(*first, attn_mask=there | itself)
     if sources is not None:
         key, value = (
             torch.cat([own[:, :, : image.start], own[rows][:, :, image], own[:, :, stop:]], dim=2)
             for own, rows in zip((key, value), sources)
         )
-    text = attend(query[:, :, stop:], key, value, attn_mask=mask)
+    if policy is None:
+        text = attend(query[:, :, stop:], key, value, attn_mask=mask)
+    else:
+        weights = nn.functional.pad(weights, (0, key.shape[2] - stop), value=1.0)
+        text = attend_by_policy(query[:, :, stop:], key, value, mask, weights[:, None, None])
     return attention.o_proj(torch.cat([before, text], dim=2).transpose(1, 2).flatten(2))
+
+
+def attend_by_policy(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, policy: Tensor) -> Tensor:
+    """Attention in which every key's weight before normalisation is multiplied by its `policy` (0: it is not there).
+
+    Parameters
+    ----------
+    query, key, value : Tensor (n, heads, rows, width), (n, heads, columns, width), the same
+    mask : BoolTensor or None
+    policy : Tensor, broadcast against (n, heads, rows, columns)
+    """
+    logits = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+    seen = policy > 0 if mask is None else mask & (policy > 0)
+    highest = logits.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True).detach()
+    # Keys that are not there keep a gradient; bounded, since their logits may lie above all the others.
+    weights = (logits - highest).clamp(max=10).exp() * policy
+    if mask is not None:
+        weights = weights * mask
+    return (weights / weights.sum(-1, keepdim=True)) @ value

@@ -1,0 +1,75 @@
+"""Train the selectors of ``as_vit`` or ``focusllava`` for the bundled model, whose own weights stay as they are.
+
+Usage: ``python scripts/train_selection.py as_vit --out FOLDER [--target 0.65] [--steps 160] [--seed 0]``. Scenes and
+questions are of the mini suite's *training* split. A checkpoint in the folder is written every two minutes; the same
+command goes on from it. What came out is printed and written to FOLDER as JSON (``as_vit``) or safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from corematching import files
+from corematching.errors import UserError
+from corematching.models.loading import load_model
+from corematching.training import as_vit
+from corematching.training.language import Packer
+from corematching.training.loop import Track
+from corematching.training.selection import ask, frozen
+from corematching.training.vocabulary import build_tokenizer
+
+LAYERS = (2, 3, 4)
+"""Tower blocks of the bundled model before which patches leave: the second, third and fourth sixth of its depth."""
+
+
+def train_as_vit(options: argparse.Namespace) -> None:
+    llava, _ = load_model("tiny")
+    frozen(llava)
+    packer = Packer(build_tokenizer())
+    name = f"as_vit-{options.target}"
+    stage = as_vit.ThresholdStage(name, options.steps, llava, packer, LAYERS, options.target, options.seed)
+    pixels = ask(packer, options.seed, options.steps, 8).pixels  # scenes behind those of the last step
+    thresholds = as_vit.Thresholds(as_vit.first_thresholds(llava, pixels, LAYERS))
+    track = Track(name, [stage], options.out, partial(print, flush=True))
+    track.run(thresholds, options.stop_after)
+    if name not in track.done:
+        return
+    record = {
+        "layers": list(LAYERS),
+        "thresholds": [float(f"{value:.4g}") for value in thresholds.values],
+        "target": options.target,
+        "seed": options.seed,
+        "steps": options.steps,
+        "scenes": options.steps * stage.scenes,
+        "seconds": track.done[name],
+    }
+    files.write(options.out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=("as_vit",))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and the result")
+    parser.add_argument("--target", type=float, default=0.65, help="share of the dense tower's FLOPs")
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop-after", type=int, default=None, help="end this run after so many steps")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        train_as_vit(options)
+    except UserError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
