@@ -36,6 +36,7 @@ PARAMETERS = {
     "fastervlm": {"keep": 10},
     "vtc_cls": {"layer": 1, "keep": 10},
     "divprune": {"keep": 10},
+    "as_vit": {"layers": (1, 2), "thresholds": (0.008, 0.016)},
     "streaming_llm": {"keep": 0.3},
     "snapkv": {"keep": 40},
 }
