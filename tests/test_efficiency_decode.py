@@ -42,7 +42,17 @@ PARAMETERS = {
 }
 # These need files beside the model: a CLIP text tower, trained predictors (tested apart), a second model.
 NEEDS_FILES = {"cdpruner", "dejavu", "powerinfer", "sgl"}
-METHODS = [name for name in group_names("method") if name not in NEEDS_FILES]
+CHOOSE_ROWS = {"refreshkv"}
+METHODS = [name for name in group_names("method") if name not in NEEDS_FILES | CHOOSE_ROWS]
+
+
+@pytest.mark.parametrize("name", sorted(CHOOSE_ROWS))
+def test_static_decoding_refuses_what_chooses_rows_for_each_step(name, random_llava, prompts):
+    with (
+        cm.build_method(name)(random_llava),
+        pytest.raises(cm.UserError, match=f"engine='compiled'.*'{name}'.*use eager"),
+    ):
+        generate(random_llava, prompts[0], 3, engine="compiled")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -28,6 +28,7 @@ REDUCED = {
     "h2o": {"keep": 20, "recent": 6},
     "snapkv": {"keep": 20, "window": 6},
     "csp": {"keep": 20, "recent": 6},
+    "refreshkv": {"keep": 20, "every": 2},
     "coreinfer": {"keep": 0.3, "token_keep": 0.4},
     "wanda_neurons": {"keep": 0.3},
     "random_neurons": {"keep": 0.3},
@@ -44,6 +45,7 @@ EVERYTHING = {
     "h2o": {"keep": 1.0},
     "snapkv": {"keep": 1.0, "window": 6},
     "csp": {"keep": 1.0},
+    "refreshkv": {"keep": 1.0},
     "coreinfer": {"keep": 1.0},
     "wanda_neurons": {"keep": 1.0},
     "random_neurons": {"keep": 1.0},
@@ -141,6 +143,7 @@ def test_something_is_saved_and_the_cost_of_choosing_is_booked(name, build, rand
     assert (
         sample.average_visual_tokens < dense.average_visual_tokens
         or sample.kv_bytes < dense.kv_bytes
+        or any(min(read) < sample.rows_held(layer, 0) for layer, read in enumerate(sample.rows_read))
         or all(len(neurons) < WIDTH for neurons in sample.neurons)
     )
     free = name in (

@@ -113,10 +113,12 @@ def decode_flops(config: Any, sample: SampleTrace, steps: int, reach: int | None
         reach = steps * (steps + 1) // 2
     text = config.text_config
     total = 0.0
-    for kv, neurons in zip(sample.kv_lengths, sample.neurons, strict=True):
+    for layer, (kv, neurons) in enumerate(zip(sample.kv_lengths, sample.neurons, strict=True)):
         width = sample.ffn_width(neurons, text.intermediate_size, steps)
         # The attention term is linear in the number of rows, so their average is enough.
-        average_kv = kv + reach / steps if steps else kv
+        average_kv = sample.rows_per_step(layer, steps)
+        if average_kv is None:
+            average_kv = kv + reach / steps if steps else kv
         total += steps * _layer_flops(text, 1, average_kv, width)
     return total
 

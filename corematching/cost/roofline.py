@@ -100,8 +100,12 @@ def decode_bytes(config: Any, sample: SampleTrace, element: int, steps: int) -> 
     weights = sizes.head + config.text_config.hidden_size + sample.predictor_weights
     for neurons in sample.neurons:
         weights += sizes.attention + sizes.neuron * sample.ffn_width(neurons, sizes.ffn_width, steps)
-    row = sample.dense_kv_bytes / (sample.prompt_tokens * len(sample.llm_tokens))
-    return weights * element + sample.kv_bytes + row * len(sample.llm_tokens) * (steps + 1) / 2
+    row = sample.dense_kv_bytes / ((sample.past_tokens + sample.prompt_tokens) * len(sample.llm_tokens))
+    rows = 0.0
+    for layer, kv in enumerate(sample.kv_lengths):
+        read = sample.rows_per_step(layer, steps)
+        rows += kv + (steps + 1) / 2 if read is None else read
+    return weights * element + row * rows + sample.choosing(steps)[1]
 
 
 def at_depth(config: Any, sample: SampleTrace, depth: int) -> tuple[Any, SampleTrace]:
@@ -121,7 +125,7 @@ def at_depth(config: Any, sample: SampleTrace, depth: int) -> tuple[Any, SampleT
 
     row = sample.dense_kv_bytes // (sample.prompt_tokens * traced)
     kv_lengths = longer(sample.kv_lengths)
-    per_layer = any(neurons is not None for neurons in sample.neurons)
+    per_layer = bool(sample.rows_read) or any(neurons is not None for neurons in sample.neurons)
     return config, replace(
         sample,
         visual_tokens=longer(sample.visual_tokens),
@@ -132,6 +136,9 @@ def at_depth(config: Any, sample: SampleTrace, depth: int) -> tuple[Any, SampleT
         neurons=longer(sample.neurons),
         overhead_flops=sample.overhead_flops * (depth / traced if per_layer else 1),
         predictor_weights=sample.predictor_weights * depth / traced,
+        rows_read=longer(sample.rows_read) if sample.rows_read else [],
+        choice_flops=[flops * depth / traced for flops in sample.choice_flops],
+        choice_bytes=[read * depth / traced for read in sample.choice_bytes],
     )
 
 
@@ -171,12 +178,12 @@ def predict(config: Any, sample: SampleTrace, hardware: Hardware, dtype: str, ou
     prefill = max(
         (cost.vision + cost.projector) / rate, (sizes.vision + sizes.projector) * element / hardware.bandwidth
     )
-    prefill += cost.overhead / rate
+    prefill += (cost.overhead - sum(sample.choice_flops)) / rate
     prefill += max(
         cost.prefill / rate, sizes.depth * sizes.layer * element / hardware.bandwidth, missing * ffn / hardware.link
     )
     prefill += sizes.head * element / hardware.bandwidth
-    arithmetic = decode_flops(config, sample, steps) / steps + 2 * sizes.head
+    arithmetic = decode_flops(config, sample, steps) / steps + 2 * sizes.head + sample.choosing(steps)[0]
     streamed = 0.0 if sliced else missing * ffn
     step = max(arithmetic / rate, read / hardware.bandwidth, streamed / hardware.link)
     slices = missing * sum(widths) / len(widths) * sizes.neuron * element if sliced else 0.0

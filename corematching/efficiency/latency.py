@@ -97,6 +97,8 @@ def clock(device: torch.device) -> float:
 def answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int], engine: str) -> Run:
     device = model.device
     steps = lengths[-1] - 1
+    if model._corematching.chooses_rows:  # before each step anew, which static steps cannot
+        engine = "eager"
     with peak_memory(device) as peak:
         start = clock(device)
         cache, token = prefill(model, inputs, engine)
@@ -192,7 +194,7 @@ class _Stopwatch(Method):
         return [self._timed(stage) for stage in self.method.stages(geometry)]
 
     def _timed(self, stage: Any) -> Any:
-        name = next(name for name in ("select", "merge", "predict") if hasattr(stage, name))
+        name = next(name for name in ("select", "merge", "predict", "choose") if hasattr(stage, name))
         decide = getattr(stage, name)
 
         def timed(*arguments: Any) -> Any:

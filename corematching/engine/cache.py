@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from corematching.engine.state import PromptState
 
 
+SPARE, LEAST_SPARE = 8, 64
+"""Spare room of roomy layers: this part of the rows, but at least so many."""
+
+
 @dataclass(eq=False)
 class Conversation:
     """The turns that share one KV cache under one installed method."""
@@ -50,6 +54,10 @@ class Conversation:
                 f"cannot crop {tokens} tokens from this KV cache: only the {self.decoded} after the prefill that the "
                 "method shortened can go"
             )
+        if self.state is not None and self.state.rows is not None and self.decoded:
+            raise UserError(
+                "cannot crop this KV cache: the rows that its method reads were chosen with the last tokens"
+            )
         if self.state is not None:
             self.state.discarded_tokens += min(tokens, self.decoded)
         self.seen -= tokens
@@ -71,9 +79,13 @@ class Conversation:
 class TracedLayer(DynamicLayer):
     """One layer of a cache filled under a method: reports the tokens that went in, holds the rows that stayed."""
 
-    def __init__(self, talk: Conversation, first: bool) -> None:
+    def __init__(self, talk: Conversation, first: bool, roomy: bool = False) -> None:
         super().__init__()
         self.talk = talk
+        self.roomy = roomy
+        """Whether decoded rows are written into spare room behind the others: appending copies all rows otherwise."""
+        self._room: tuple[Tensor, Tensor, Tensor] | None = None
+        """Keys and values with spare room, and the view of the keys that the layer showed last."""
         self.first = first
         """Whether this is the cache's first layer, which passes on what happens to the whole cache."""
 
@@ -90,7 +102,25 @@ class TracedLayer(DynamicLayer):
         if self.talk.reduced and not self.talk.open:
             name = self.talk.session.method.name or type(self.talk.session.method).__name__
             raise UserError(f"this KV cache was shortened by method {name!r}: continue it inside the method's context")
+        if self.roomy and self.rows and key_states.shape[-2] == 1:
+            return self._append(key_states, value_states)
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.rows
+        if self._room is None or self._room[2] is not self.keys or rows == self._room[0].shape[2]:
+            with torch.inference_mode(False), torch.no_grad():
+                room = rows + max(rows // SPARE, LEAST_SPARE)
+                keys, values = (part.new_empty(*part.shape[:2], room, part.shape[3]) for part in (key, value))
+                keys[:, :, :rows].copy_(self.keys)  # type: ignore[arg-type]
+                values[:, :, :rows].copy_(self.values)  # type: ignore[arg-type]
+        else:
+            keys, values, _ = self._room
+        keys[:, :, rows : rows + 1].copy_(key)
+        values[:, :, rows : rows + 1].copy_(value)
+        self.keys, self.values = keys[:, :, : rows + 1], values[:, :, : rows + 1]
+        self._room = keys, values, self.keys
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.talk.seen if self._tracked else self.rows
@@ -180,7 +210,8 @@ def conversation_of(cache: Any) -> Conversation | None:
 
 def trace_layers(cache: Any, talk: Conversation, depth: int) -> None:
     """Make an empty cache's layers report to a conversation."""
-    cache.layers = [TracedLayer(talk, first=index == 0) for index in range(depth)]
+    roomy = talk.session.choose_rows.keys() | talk.session.ragged
+    cache.layers = [TracedLayer(talk, index == 0, index in roomy) for index in range(depth)]
 
 
 @dataclass

@@ -178,6 +178,9 @@ def _check_options(session: Session, ids: Any, config: Any, kwargs: dict[str, An
             "speculative decoding under a method cannot give hidden states or attentions: leave output_hidden_states "
             "and output_attentions out"
         )
+    if session.chooses_rows and (speculative or setting("use_cache") is False):
+        what = "speculative decoding" if speculative else "use_cache=False"
+        raise UserError(f"{what} is not supported by method {session.name!r}, which chooses KV rows token by token")
     past = _cache_of(kwargs)
     seen = past.get_seq_length() if past is not None else 0
     if past is not None and setting("use_cache") is False:

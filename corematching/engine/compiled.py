@@ -78,6 +78,8 @@ def decoder_of(
     kernel = session.decoder.config._attn_implementation
     if kernel not in ("sdpa", "eager"):
         raise UserError(f"engine='compiled' does not support attention kernel {kernel!r}: choose from sdpa, eager")
+    if session.chooses_rows:
+        raise UserError(f"engine='compiled' does not support method {session.name!r}, which chooses KV rows: use eager")
     talk = conversation_of(cache)
     if talk is None or talk.state is None:
         raise UserError("engine='compiled' continues prompts that prefill() ran in the same method's context")

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from corematching.engine import turns
 from corematching.engine.cache import Conversation, Rows, trace_layers
 from corematching.engine.layout import Layout, Past, joined
+from corematching.engine.rows import note_prompt, open_choices
 from corematching.engine.sharing import SharedRun
 from corematching.engine.state import PromptState
 from corematching.engine.views import AttentionSignals, FFNSignals, KVSignals, LayerSignals, Prompt
@@ -83,6 +84,7 @@ def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cac
     if order is not None and own is not None:
         hidden, own, position_ids = turns.along(hidden, order), own.gather(1, order), turns.along(position_ids, order)
     state, prompt = turns.open_turn(session, hidden, own, position_ids, talk, past, order)
+    open_choices(session, state)
     if cache is not None:
         if talk is None:
             talk = session.follow(Conversation(session))
@@ -267,6 +269,8 @@ def _after_layer(session, index: int, state: PromptState, prompt: Prompt, signal
                 activations,
             )
             _shrink_kv(stage.select(view), state, index, layer_cache)
+    if state.rows is not None and cache is not None:
+        note_prompt(session, index, state, cache.layers[index], signals, prompt)
     session.activations.pop(index - 1, None)
     session.attended.pop(index - 1, None)
 
@@ -285,11 +289,14 @@ def _shrink_kv(decision: KeepKV | ZeroKV | None, state: PromptState, index: int,
         gather = decision.index[..., None].expand(-1, -1, -1, keys.shape[-1])
         keys, values = keys.gather(2, gather), values.gather(2, gather)
         batch, width = decision.index.shape[0], decision.index.shape[2]
-        state.kv_valid[index] = joined(past, decision.valid, width)
+        valid, counts = decision.valid, decision.counts
+        if valid is not None and valid.dim() == 3:
+            assert state.rows is not None
+            counts, valid = state.rows.note_heads(index, valid), None
+        state.kv_valid[index] = joined(past, valid, width)
         state.kv_rows[index] = past.rows + width
-        counts = decision.counts
         if counts is None:
-            counts = [width] * batch if decision.valid is None else decision.valid.sum(1).tolist()
+            counts = [width] * batch if valid is None else valid.sum(1).tolist()
         state.kv_lengths[index] = [old + new for old, new in zip(past.lengths or [0] * batch, counts, strict=True)]
     else:
         return
@@ -304,8 +311,12 @@ def _decode(session, talk: Conversation, hidden: Tensor, position_ids: Tensor, c
     length = hidden.shape[1]
     assert state is not None
     session.choose_neurons(talk)
+    if state.rows is not None:
+        if length > 1:
+            raise UserError(f"method {session.name!r} decodes one token at a time: it chooses KV rows for each")
+        state.rows.open_step()
     contexts: dict[tuple, tuple] = {}
-    session.active = state
+    session.active, session.decoding_cache = state, cache
     try:
         for index, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
             rows, valid, shift = cache.layers[index].rows, state.kv_valid[index], state.shifts[index]
@@ -327,7 +338,7 @@ def _decode(session, talk: Conversation, hidden: Tensor, position_ids: Tensor, c
                 **kwargs,
             )
     finally:
-        session.active = None
+        session.active = session.decoding_cache = None
     session.trace_continuation(state)
     state.decode(length, talk.decoded)
     talk.seen += length

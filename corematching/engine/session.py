@@ -22,13 +22,23 @@ from corematching.engine.ffn import FFNBuilder, is_streamed, neuron_major
 from corematching.engine.guide import Guidance
 from corematching.engine.layout import Layout
 from corematching.engine.predictors import TokenwiseFFN, load_predictors
+from corematching.engine.rows import install_readers
 from corematching.engine.sharing import Sharing, tower_of
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
 from corematching.engine.views import FFNSignals, Prompt
 from corematching.engine.vision import TowerRun, image_decision, images_by_row, per_sample, run_tower, stages_of
 from corematching.errors import UserError
-from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Guide, Method, PredictNeurons, Replace
+from corematching.methods.base import (
+    AfterPrefill,
+    BeforeLayer,
+    ChooseNeurons,
+    ChooseRows,
+    Guide,
+    Method,
+    PredictNeurons,
+    Replace,
+)
 from corematching.models.families import family_of
 
 MOST_HELD = 2**30
@@ -82,6 +92,13 @@ class Session:
         self.before = _by_layer(stages, BeforeLayer)
         self.after = _by_layer(stages, AfterPrefill)
         self.choose = _by_layer(stages, ChooseNeurons)
+        self.choose_rows = {stage.layer: stage for stage in stages if isinstance(stage, ChooseRows)}
+        self.ragged = {stage.layer for stages in self.after.values() for stage in stages if stage.ragged}
+        """Layers whose KV heads keep different numbers of rows."""
+        self.measuring_mass = False
+        """Whether the trace is to say how much of dense attention falls on the rows read."""
+        self.decoding_cache: Any = None
+        """The KV cache of the decode step that runs now."""
         self.build_ffn = FFNBuilder()
         self.tokenwise = self._tokenwise([stage for stage in stages if isinstance(stage, PredictNeurons)])
         self.guide = next((Guidance(stage, self) for stage in stages if isinstance(stage, Guide)), None)
@@ -128,34 +145,35 @@ class Session:
     # ------------------------------------------------------------------------------------------------ installation
     def install(self) -> None:
         base: Any = self.family.base(self.model)
-        self._hook(base.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
-        self._hook(self.family.head(self.model).register_forward_pre_hook(self._note_head))
+        self.hook(base.register_forward_pre_hook(self._note_inputs, with_kwargs=True))
+        self.hook(self.family.head(self.model).register_forward_pre_hook(self._note_head))
         # Stock code collects hidden states and attentions around the decoder's forward, so ours is wrapped likewise.
         captured = capture_outputs(lambda decoder, *args, **kwargs: self._decoder_forward(*args, **kwargs))
         self._replace(self.decoder, "forward", functools.partial(captured, self.decoder))
         self._replace(self.model, "forward", calls.forward(self, self.model.forward), stacked=True)
         self._replace(self.model, "generate", calls.generate(self, self.model.generate), stacked=True)
         if self.guide is not None:
-            self._hook(base.register_forward_pre_hook(self.guide.note_inputs, with_kwargs=True))
+            self.hook(base.register_forward_pre_hook(self.guide.note_inputs, with_kwargs=True))
             self._replace(self.model, "generate", self.guide.generate(self.model.generate), stacked=True)
         if self.blocks is not None or self.output is not None:
             self._replace(base, "get_image_features", self._image_features(base.get_image_features))
-            self._hook(base.register_forward_hook(self._put_image_hidden))
+            self.hook(base.register_forward_hook(self._put_image_hidden))
         wanted = {stage.layer - 1 for stages in self.before.values() for stage in stages if stage.activations}
         wanted |= {stage.layer for stages in self.after.values() for stage in stages if stage.activations}
         wanted |= set(self.choose)
         self.noted["activations"] = wanted
         for index in sorted(wanted):
             down = self.decoder.layers[index].mlp.down_proj
-            self._hook(down.register_forward_pre_hook(functools.partial(self._note_activations, index)))
+            self.hook(down.register_forward_pre_hook(functools.partial(self._note_activations, index)))
         self.noted["attended"] = {s.layer - 1 for stages in self.before.values() for s in stages if s.attended}
         for index in sorted(self.noted["attended"]):
             norm = self.decoder.layers[index].post_attention_layernorm
-            self._hook(norm.register_forward_hook(functools.partial(self._note_attended, index)))
+            self.hook(norm.register_forward_hook(functools.partial(self._note_attended, index)))
         for index in sorted({*self.choose, *self.tokenwise}):
             mlp = self.decoder.layers[index].mlp
             self._undo.append(neuron_major(mlp))
             self._replace(mlp, "forward", functools.partial(self._mlp_forward, index, mlp.forward))
+        install_readers(self)
 
     def _tokenwise(self, stages: list[PredictNeurons]) -> dict[int, TokenwiseFFN]:
         """Per layer: the FFN that lets a predictor choose each token's neurons."""
@@ -181,7 +199,8 @@ class Session:
         self.attended.clear()
         self.tower_run = self.current = self.final = self.image_hidden = None
 
-    def _hook(self, handle: Any) -> None:
+    def hook(self, handle: Any) -> None:
+        """Keep a hook's handle until the method is removed."""
         self._undo.append(handle.remove)
 
     def _replace(self, module: nn.Module, name: str, function: Callable, stacked: bool = False) -> None:
@@ -194,6 +213,15 @@ class Session:
             raise UserError(f"{type(module).__name__}.{name} is already replaced by something else on this model")
         object.__setattr__(module, name, function)
         if before is None:
+            self._undo.append(lambda: object.__delattr__(module, name))
+        else:
+            self._undo.append(lambda: object.__setattr__(module, name, before))
+
+    def shadow(self, module: nn.Module, name: str, value: Any) -> None:
+        """Put an attribute over what an instance has by that name, until the method is removed."""
+        before = vars(module).get(name, module)
+        object.__setattr__(module, name, value)
+        if before is module:
             self._undo.append(lambda: object.__delattr__(module, name))
         else:
             self._undo.append(lambda: object.__setattr__(module, name, before))
@@ -222,9 +250,14 @@ class Session:
         """Hand out what hooks noted of a layer, and forget it."""
         return {name: getattr(self, name).pop(index) for name in self.notes_at(index)}
 
+    @property
+    def chooses_rows(self) -> bool:
+        """Whether decode steps of some layer read other rows than all that are held."""
+        return bool(self.choose_rows or self.ragged)
+
     def looks_at(self, index: int) -> bool:
         """Whether some stage is asked once a layer has run, about it or at the input of the next."""
-        return bool(self.before[index + 1] or self.after[index] or self.choose[index])
+        return bool(self.before[index + 1] or self.after[index] or self.choose[index] or index in self.choose_rows)
 
     def _mlp_forward(self, index: int, dense: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.active is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from corematching.engine.ffn import MaskedFFN, SlicedFFN
 from corematching.engine.layout import NO_PAST, Layout, Past, joined
+from corematching.engine.rows import RowChoices
 from corematching.engine.trace import GuideTrace, SampleTrace
 from corematching.engine.views import Ledger
 
@@ -63,6 +64,8 @@ class PromptState:
     """Per sample."""
     kv_row_bytes: int = 0
     """Bytes of one token's keys and values in one layer."""
+    rows: RowChoices | None = None
+    """What decode steps read, where a method chooses it."""
     guide: Callable[[], list[GuideTrace | None]] | None = None
     """Reads what a guide model did, one entry per prompt."""
     _entering: Tensor | None = field(default=None, repr=False)
@@ -106,14 +109,14 @@ class PromptState:
         self.decode_reach += tokens * (before + tokens)
 
     @property
-    def counters(self) -> tuple[int, int, int, list[int], list[float]]:
-        """What decoding counts up."""
-        spent = list(self.ledger.flops)
-        return self.decode_steps, self.decode_reach, self.discarded_tokens, self.head_positions, spent
+    def counters(self) -> tuple[int, int, int, list[int], list[float], RowChoices | None]:
+        """What decoding counts up and notes."""
+        spent, rows = list(self.ledger.flops), self.rows and self.rows.snapshot()
+        return self.decode_steps, self.decode_reach, self.discarded_tokens, self.head_positions, spent, rows
 
     @counters.setter
-    def counters(self, values: tuple[int, int, int, list[int], list[float]]) -> None:
-        self.decode_steps, self.decode_reach, self.discarded_tokens, self.head_positions, spent = values
+    def counters(self, values: tuple[int, int, int, list[int], list[float], RowChoices | None]) -> None:
+        self.decode_steps, self.decode_reach, self.discarded_tokens, self.head_positions, spent, self.rows = values
         self.ledger.flops = list(spent)
 
     def absorb(self, again: PromptState) -> None:
@@ -139,6 +142,8 @@ class PromptState:
         self.order = rows if self.order is None else self.order[rows]
         for ffn in self.ffn.values():
             ffn.take(rows)
+        if self.rows is not None:
+            self.rows.take(rows.tolist())
 
     def fork(self) -> PromptState:
         """The same turn for a copied KV cache: what was run so far stays on this one's account."""
@@ -147,7 +152,7 @@ class PromptState:
         twin.neurons, twin.ffn = dict(self.neurons), {layer: copy.copy(ffn) for layer, ffn in self.ffn.items()}
         samples = len(self.prompt.lengths)
         twin.ledger, twin.prefills = Ledger(samples), 0
-        twin.counters = 0, 0, 0, [0] * samples, [0.0] * samples
+        twin.counters = 0, 0, 0, [0] * samples, [0.0] * samples, self.rows and self.rows.fork()
         return twin
 
     def samples(self) -> list[SampleTrace]:
@@ -168,6 +173,7 @@ class PromptState:
         for layout in _unique(self.layouts):
             own = ids[id(layout)][row]
             entering[id(layout)] = own[own > -2].sort().values.to(torch.int32)
+        chosen: dict[str, Any] = self.rows.of_sample(row, len(self.layouts)) if self.rows else {}
         return SampleTrace(
             prompt_tokens=self.prompt.lengths[row],
             image_tokens=self.prompt.visual_counts[row],
@@ -191,10 +197,11 @@ class PromptState:
             prefills=self.prefills,
             past_tokens=self._earlier(row),
             past_kv=[past.lengths[row] for past in self.past if past.lengths],
-            overhead_flops=self.ledger.flops[row],
+            overhead_flops=self.ledger.flops[row] + sum(chosen.get("choice_flops", ())),
             predictor_weights=self.predictor_weights,
             zeroed_kv=self.zeroed_kv[row],
             guide=guide,
+            **chosen,
         )
 
     def _earlier(self, row: int) -> int:

@@ -72,6 +72,32 @@ class SampleTrace:
     """KV rows overwritten with zeros, all layers together (published-code variant; saves nothing)."""
     guide: GuideTrace | None = None
     """What a guide model did for this prompt."""
+    rows_read: list[list[float]] = field(default_factory=list)
+    """Per layer and decode step: KV rows read, on average over the KV heads; empty for a layer (or all of them) whose
+    steps read every row that is held."""
+    choice_flops: list[float] = field(default_factory=list)
+    """Per decode step: matrix products of choosing rows; part of ``overhead_flops``."""
+    choice_bytes: list[float] = field(default_factory=list)
+    """Per decode step: bytes read for choosing rows, apart from those of the rows then attended to."""
+    mass_read: list[list[float]] = field(default_factory=list)
+    """Per layer and decode step: share of dense attention that falls on the rows read, if that was measured."""
+
+    def rows_held(self, layer: int, step: int) -> int:
+        """KV rows that a layer holds in a decode step (counted from 0), the step's own among them."""
+        return self.kv_lengths[layer] + step + 1
+
+    def rows_per_step(self, layer: int, steps: int) -> float | None:
+        """KV rows that a decode step of a layer reads, on average over ``steps``; None: all that are held.
+
+        Steps beyond those that ran are taken to read as many.
+        """
+        read = self.rows_read[layer][:steps] if self.rows_read else []
+        return sum(read) / len(read) if read else None
+
+    def choosing(self, steps: int) -> tuple[float, float]:
+        """FLOPs, and bytes read, for choosing rows in a decode step, on average over ``steps``."""
+        flops, read = self.choice_flops[:steps], self.choice_bytes[:steps]
+        return (sum(flops) / len(flops), sum(read) / len(read)) if flops else (0.0, 0.0)
 
     def stopped_after(self, steps: int) -> SampleTrace:
         """The trace of this prompt had its answer ended after so many decode steps."""
@@ -82,7 +108,11 @@ class SampleTrace:
             decode_reach=None,
             discarded_tokens=0,
             head_positions=self.head_positions - surplus,
-            overhead_flops=self.overhead_flops - 2 * self.predictor_weights * surplus,
+            overhead_flops=self.overhead_flops - 2 * self.predictor_weights * surplus - sum(self.choice_flops[steps:]),
+            rows_read=[read[:steps] for read in self.rows_read],
+            choice_flops=self.choice_flops[:steps],
+            choice_bytes=self.choice_bytes[:steps],
+            mass_read=[share[:steps] for share in self.mass_read],
         )
 
     @property

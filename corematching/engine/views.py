@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -100,15 +100,25 @@ class AttentionSignals:
     def attn(self) -> Any:
         return self.block.self_attn
 
+    def of_sample(self, row: int) -> AttentionSignals:
+        """The same of one sample alone, with a ledger of its own."""
+        own, past = slice(row, row + 1), self.past
+        names = ("source", "visual_id", "positions", "valid", "lengths", "visual_counts")
+        layout = replace(self.layout, **{name: getattr(self.layout, name)[own] for name in names})
+        past = replace(past, shift=None if past.shift is None else past.shift[own], lengths=past.lengths[own])
+        return AttentionSignals(self.block, self.hidden[own], layout, self.rotary, Ledger(), past=past)
+
     def _project(self, linear: Any, hidden: Tensor, counts: list[int]) -> Tensor:
         self.ledger.spend([2 * count * linear.in_features * linear.out_features for count in counts])
         return heads_of(linear(self.block.input_layernorm(hidden)), self.attn.head_dim)  # type: ignore[operator]
 
-    def queries(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
+    def queries(self, rows: Tensor, counts: list[int] | None = None, rotated: bool = True) -> Tensor:
         """[B, H, R, hd] for rows [B, R], of which ``counts[b]`` (default: all) are sample b's own."""
         hidden = self.hidden.gather(1, rows[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        cos, sin = self.rotary(hidden, position_ids=self.positions.gather(1, rows))
-        return rotate(self._project(self.attn.q_proj, hidden, self.own(rows, counts)), cos, sin)
+        projected = self._project(self.attn.q_proj, hidden, self.own(rows, counts))
+        if not rotated:
+            return projected
+        return rotate(projected, *self.rotary(hidden, position_ids=self.positions.gather(1, rows)))
 
     @staticmethod
     def own(rows: Tensor, counts: list[int] | None) -> list[int]:

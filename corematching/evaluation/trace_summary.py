@@ -28,9 +28,10 @@ def summarise(answers: Sequence[Answer], model_config: Any) -> dict[str, Any]:
     -------
     dict
         Token counts, KV bytes and FLOPs (2 per multiply-add), each the mean per sample; how many answers the model
-        ended itself, how many hit the cap on new tokens, and that cap. FLOPs are those of a sample served alone: in a
-        batch whose samples chose different neurons (``ffn_mode`` says "masked") the same numbers come out of more
-        arithmetic.
+        ended itself, how many hit the cap on new tokens, and that cap; KV rows that a decode step reads and holds per
+        layer, and the share of dense attention on those it reads, where such were chosen or measured. FLOPs are those
+        of a sample served alone: in a batch whose samples chose different neurons (``ffn_mode`` says "masked") the
+        same numbers come out of more arithmetic.
     """
     traces = [answer.trace for answer in answers]
     alone = [replace(trace, ffn_mode="sliced") if trace.ffn_mode == "masked" else trace for trace in traces]
@@ -43,6 +44,7 @@ def summarise(answers: Sequence[Answer], model_config: Any) -> dict[str, Any]:
         "ffn_width": family_of(model_config).geometry(model_config).ffn_width,
         "kv_bytes": _mean([trace.kv_bytes for trace in traces]),
         "dense_kv_bytes": _mean([trace.dense_kv_bytes for trace in traces]),
+        **_rows(traces),
         "generated_tokens": _mean([answer.tokens for answer in answers]),
         "ended_answers": sum(answer.ended for answer in answers),
         "capped_answers": sum(not answer.ended for answer in answers),
@@ -85,7 +87,26 @@ def acted(trace: SampleTrace) -> bool:
         or any(chosen is not None for chosen in trace.neurons)
         or len(set(trace.vision_mlp_tokens)) > 1
         or trace.zeroed_kv > 0
+        or any(
+            read < trace.rows_held(layer, step)
+            for layer, steps in enumerate(trace.rows_read)
+            for step, read in enumerate(steps)
+        )
     )
+
+
+def _rows(traces: Sequence[SampleTrace]) -> dict[str, float]:
+    """KV rows that a decode step reads and holds, per layer, where rows are chosen: means over all steps."""
+    read: list[float] = []
+    held: list[float] = []
+    mass: list[float] = []
+    for trace in traces:
+        for layer, steps in enumerate(trace.rows_read):
+            read += steps
+            held += [trace.rows_held(layer, step) for step in range(len(steps))]
+        mass += [share for steps in trace.mass_read for share in steps]
+    found = {"rows_read": read, "rows_held": held, "mass_read": mass}
+    return {name: _mean(values) for name, values in found.items() if values}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from corematching.methods.parameters import check_types
 from corematching.methods.predictor import Predictor
-from corematching.methods.views import BlockView, FFNView, KVView, LayerView, TowerView, VisionView
+from corematching.methods.views import (
+    BlockView,
+    FFNView,
+    KVView,
+    LayerView,
+    PromptRowsView,
+    StepView,
+    TowerView,
+    VisionView,
+)
 
 
 # --------------------------------------------------------------------------------------------------- model geometry
@@ -102,8 +111,10 @@ class Merge:
 class KeepKV:
     """Keep a subset of one layer's KV cache: long [B, H_kv, K] positions into the current sequence, in order.
 
-    ``valid`` (bool [B, K], optional) is False on padding of rows with fewer kept positions; ``counts`` (optional) is
-    their number per sample, if known on the host: it saves the synchronisation that counting would cost.
+    ``valid`` (bool [B, K], optional) is False on padding of rows with fewer kept positions, which stands in front of
+    the others; ``counts`` (optional) is their number per sample, if known on the host: it saves the synchronisation
+    that counting would cost. A stage that says ``ragged`` gives ``valid`` as [B, H_kv, K], heads having numbers of
+    their own.
     """
 
     index: Tensor
@@ -116,6 +127,18 @@ class ZeroKV:
     """Overwrite KV rows with zeros (bool [B, n]). Saves nothing; exists for parity with published code."""
 
     mask: Tensor
+
+
+@dataclass(frozen=True)
+class ReadRows:
+    """The rows of one sample's KV cache that a decode step reads in one layer, its own token's among them.
+
+    ``index`` is long [H_kv, K], each KV head having its rows; or one long [K_h] per KV head where they are of different
+    numbers. ``keys`` ([H_kv, K, hd], optional) are attended to instead of these rows' own; values are theirs.
+    """
+
+    index: Tensor | Sequence[Tensor]
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +209,24 @@ class AfterPrefill:
     layer: int
     select: Callable[[KVView], KeepKV | ZeroKV | None]
     activations: bool = False
+    ragged: bool = False
+    """KV heads keep different numbers of rows; decode steps then attend head by head."""
+
+
+@dataclass(frozen=True)
+class ChooseRows:
+    """Choose anew, before every decode step, which rows of one layer's KV cache the step reads; all of them stay.
+
+    ``choose`` is asked about one sample at a time, once the step's own row is in the cache; None reads everything.
+    ``begin`` is shown each sample's prompt when the layer's prefill is done. Both note what they need later in the
+    view's ``memory``.
+    """
+
+    layer: int
+    choose: Callable[[StepView], ReadRows | None]
+    begin: Callable[[PromptRowsView], None] | None = None
+    unrotated: bool = False
+    """Ask for queries as they are before rotary embedding, too."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +276,17 @@ class Guide:
     """Leave the last visual token out of the positions that query."""
 
 
-Stage = BeforeLayer | VisionOutput | VisionBlocks | VisionDrop | AfterPrefill | ChooseNeurons | PredictNeurons | Guide
+Stage = (
+    BeforeLayer
+    | VisionOutput
+    | VisionBlocks
+    | VisionDrop
+    | AfterPrefill
+    | ChooseRows
+    | ChooseNeurons
+    | PredictNeurons
+    | Guide
+)
 
 
 # ----------------------------------------------------------------------------------------------------------- method

@@ -340,6 +340,118 @@ class KVView(Protocol):
     def spend(self, flops: float | Sequence[float]) -> None: ...
 
 
+class PromptRowsView(Protocol):
+    """One sample's rows of one decoder layer after its prefill, without padding; earlier turns' rows stand in front."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def rows(self) -> int:
+        """Rows in the cache (n)."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """How many of them, the last ones, are this turn's."""
+        ...
+
+    @property
+    def keys(self) -> Tensor:
+        """[H_kv, n, hd] rotated keys."""
+        ...
+
+    @property
+    def values(self) -> Tensor:
+        """[H_kv, n, hd]."""
+        ...
+
+    @property
+    def visual_mask(self) -> Tensor:
+        """Bool [n]: this turn's visual tokens."""
+        ...
+
+    @property
+    def question_length(self) -> int:
+        """Tokens after the turn's last visual token."""
+        ...
+
+    @property
+    def memory(self) -> dict[Any, Any]:
+        """What the method notes of this sample, all layers together; values are replaced, never written into."""
+        ...
+
+    def queries(self, last: int) -> Tensor:
+        """Rotated queries [H, last, hd] of the turn's last tokens, at most ``length``."""
+        ...
+
+    def unrotated_queries(self, last: int) -> Tensor:
+        """The same as the query projection gives them."""
+        ...
+
+    def attention(self, last: int) -> Tensor:
+        """Attention probabilities [H, last, n] of the turn's last tokens, in single precision."""
+        ...
+
+    def spend(self, flops: float) -> None:
+        """Book method overhead: matrix products, 2 FLOPs per multiply-add."""
+        ...
+
+
+class StepView(Protocol):
+    """One sample's rows of one decoder layer in a decode step, the step's own row the last of them."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def step(self) -> int:
+        """Tokens decoded before this one since the prefill."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """Rows in the cache (n)."""
+        ...
+
+    @property
+    def query(self) -> Tensor:
+        """[H, hd] the step's rotated query."""
+        ...
+
+    @property
+    def unrotated_query(self) -> Tensor:
+        """[H, hd] the same as the query projection gives it (the stage must declare ``unrotated=True``)."""
+        ...
+
+    @property
+    def keys(self) -> Tensor:
+        """[H_kv, n, hd] rotated keys. Looking at them is reading them: book it with ``spend``."""
+        ...
+
+    @property
+    def values(self) -> Tensor:
+        """[H_kv, n, hd]."""
+        ...
+
+    @property
+    def memory(self) -> dict[Any, Any]:
+        """What the method notes of this sample, all layers together; values are replaced, never written into."""
+        ...
+
+    def attention(self, index: Tensor | None = None) -> Tensor:
+        """Attention probabilities [H, K] over rows (long [H_kv, K]; default: all), in single precision."""
+        ...
+
+    def keys_of(self, layer: int) -> Tensor:
+        """Keys [H_kv, n, hd] of an earlier layer that holds the same rows."""
+        ...
+
+    def spend(self, flops: float, read: float = 0.0) -> None:
+        """Book method overhead: matrix products (2 FLOPs per multiply-add), and bytes read for them."""
+        ...
+
+
 class FFNView(Protocol):
     """FFN activations of one layer's prefill."""
 

@@ -104,6 +104,9 @@ class Trace(_Part):
     image_tokens: Number | None = None
     tokens_entering_llm: Number | None = None
     dense_kv_bytes: Number | None = None
+    rows_read: Number | None = None
+    rows_held: Number | None = None
+    mass_read: Number | None = None
     generated_tokens: Number | None = None
     ended_answers: Count | None = None
     capped_answers: Count | None = None
