@@ -28,6 +28,7 @@ from corematching.texts import neutral
 RUNNERS = {
     "accuracy": "corematching.evaluation.runner.run_experiment",
     "efficiency": "corematching.efficiency.bench.run",
+    "prediction": "corematching.efficiency.prediction.run",
     "text": "corematching.perplexity.run",
 }
 """What runs an experiment, by the setting ``runner``; imported when it is needed."""
@@ -132,10 +133,32 @@ def settle(config: DictConfig, choices: Any, overrides: Sequence[str]) -> DictCo
         config.pop("method", None)
         if config.name or asks.ad_hoc(overrides):
             config.experiment = config.name or asks.named_from(overrides)
+        if len(cards := _cards(overrides, choices.get("experiment"))) > 1:
+            if setting := next((name for name in given if name.startswith("hardware.")), None):
+                raise UserError(f"'{setting}' needs one card: choose it with hardware=NAME")
+            config.hardware = [groups.load("hardware", card) for card in cards]
         if not any(re.match(r"judge\b", name) for name in given) and OmegaConf.select(config, "data.name") == "mini":
             config.judge = groups.load("judge", "local")
         config.command = list(overrides)
     return config
+
+
+def _cards(overrides: Sequence[str], experiment: str | None) -> list[str]:
+    """The profiles in ``conf/hardware`` that are chosen: by the command line, else by the experiment's file.
+
+    Hydra composes a list of them into one, of which the last wins.
+    """
+    words = [word.split("=", 1)[1] for word in overrides if word.lstrip("+").startswith("hardware=")]
+    if words:
+        return _listed(words[-1])
+    entries = groups.load("experiment", experiment).get("defaults", []) if experiment else []
+    named = [entry["/hardware"] for entry in entries if isinstance(entry, dict) and "/hardware" in entry]
+    return named[-1] if named and isinstance(named[-1], list) else []
+
+
+def _listed(value: str) -> list[str]:
+    """``[a, b]`` or ``a`` as names."""
+    return [name.strip(" '\"") for name in value.strip("[] ").split(",")]
 
 
 def _normalise(word: str) -> str:
@@ -187,7 +210,11 @@ def _check_setting(word: str) -> None:
     if re.match(r"hydra\b", name):
         raise UserError(f"'{word}' is not offered: Hydra's own settings are fixed; see --help for what can be set")
     chosen = value.strip("'\"")
-    if name in groups.parts() and chosen not in groups.choices(name):
+    if name == "hardware" and value.startswith("["):
+        for card in _listed(value):
+            if card not in groups.choices(name):
+                raise groups.unknown(name, card, groups.choices(name))
+    elif name in groups.parts() and chosen not in groups.choices(name):
         raise groups.unknown(name, value, groups.choices(name))
 
 

@@ -197,10 +197,11 @@ def predictions(session: Session) -> None:
             continue
         hardware = load_hardware(profile)
         for name, keep in LIMITED:
-            trace, lengths = session.by_name[name, keep, "resident"].trace, session.protocol.output_tokens
+            measured, lengths = session.by_name[name, keep, "resident"], session.protocol.output_tokens
+            dense = measured.pair.dense[-1].trace
             try:
                 found = predicted_rows(
-                    session.model.config, trace, lengths, hardware, session.dtype, session.full_depth
+                    session.model.config, measured.trace, dense, lengths, hardware, session.full_depth
                 )
                 for bench in found.rows.values():
                     session.add(name, keep, bench)

@@ -98,9 +98,11 @@ def test_every_hardware_profile_predicts(random_llava):
     assert {profile.name.split()[0] for profile in profiles} == {"NVIDIA"}
     times = {hardware.name: predict(random_llava.config, sample, hardware, "float16") for hardware in profiles}
     assert times["NVIDIA H200 SXM"].decode_per_token < times["NVIDIA Titan Xp"].decode_per_token
-    found = predicted_rows(random_llava.config, sample, [1, 32], load_hardware("titan_xp"), "bfloat16")
+    found = predicted_rows(random_llava.config, sample, sample, [1, 32], load_hardware("titan_xp"))
     assert {row["predicted"] for row in found.rows.values()} == {True}
-    assert {row["dtype"] for row in found.rows.values()} == {"float16"}, "Pascal has no bfloat16"
+    assert {row["dtype"] for row in found.rows.values()} == {"float16"}, "a card has its own type"
+    assert {row["kv_bytes"] for row in found.rows.values()} == {sample.kv_bytes // 2}, "the trace was made in float32"
+    assert {row["paired_speedup"] for row in found.rows.values()} == {1.0}
     assert found.rows[1]["decode_ms_per_token"] is None
     assert "from_layers" not in found.rows[32]
     with pytest.raises(cm.UserError, match=r"unknown hardware 'gtx'.*titan_xp"):
@@ -285,9 +287,9 @@ def test_a_slice_predicts_what_the_whole_model_would(random_llava):
     assert guess.overhead_flops == 900
     assert cm.flops(config, guess) == cm.flops(random_llava.config, replace(whole, overhead_flops=900))
     assert at_depth(config, guess, 6) == (config, guess)
-    found = predicted_rows(config, part, [8], load_hardware("h100"), "float16", depth=6)
+    found = predicted_rows(config, part, part, [8], load_hardware("h100"), depth=6)
     assert found.rows[8]["from_layers"] == 4
-    assert found.rows[8]["kv_bytes"] == whole.kv_bytes
+    assert found.rows[8]["kv_bytes"] == whole.kv_bytes // 2, "float16 there, float32 here"
 
 
 def test_a_row_another_process_measures_is_left_to_it(tmp_path: Path, capsys):

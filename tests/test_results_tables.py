@@ -440,7 +440,7 @@ def test_of_rows_for_one_line_the_latest_counts(tmp_path):
 def test_predicted_rows_say_so(tmp_path):
     write_efficiency_cell(tmp_path / "e", "dense", None, end_to_end_ms=5.0, predicted=True)
     (row,) = table_named(aggregate([tmp_path / "e"]), "hardware").rows
-    assert row.entries[2].text == "resident (predicted)"
+    assert row.entries[2].text == "resident, float32 (predicted)"
 
 
 def test_reference_numbers_all_have_a_source():

@@ -52,7 +52,7 @@ def this_machine(peaks: Peaks, dtype: torch.dtype, device: torch.device) -> Hard
     """The machine at hand, from its measured peaks; its memory is taken as sufficient."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     rate = {dtype_name(dtype): peaks.flops}
-    return Hardware(name, rate, peaks.bandwidth, float("inf"), peaks.copy_bandwidth)
+    return Hardware(name, rate, peaks.bandwidth, float("inf"), peaks.copy_bandwidth, dtype_name(dtype))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -17,6 +17,9 @@ from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
 from corematching.models.families import family_of
 
+ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes per number."""
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -31,6 +34,8 @@ class Hardware:
     """Device memory, bytes."""
     link: float
     """Host to device, bytes per second in one direction."""
+    dtype: str = "float16"
+    """What models are loaded and computed in on this device."""
 
     def rate(self, dtype: str) -> float:
         """FLOP/s at a dtype.
@@ -108,6 +113,14 @@ def decode_bytes(config: Any, sample: SampleTrace, element: int, steps: int) -> 
     return weights * element + row * rows + sample.choosing(steps)[1]
 
 
+def in_dtype(config: Any, sample: SampleTrace, dtype: str) -> SampleTrace:
+    """The trace as a run in another type would have left it: bytes of the KV cache follow the type."""
+    text = config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dense = sample.prompt_tokens * len(sample.llm_tokens) * 2 * text.num_key_value_heads * head_dim * ELEMENT[dtype]
+    return replace(sample, dense_kv_bytes=dense, kv_bytes=round(sample.kv_bytes * dense / sample.dense_kv_bytes))
+
+
 def at_depth(config: Any, sample: SampleTrace, depth: int) -> tuple[Any, SampleTrace]:
     """The config and trace of a model of ``depth`` layers, extrapolated from a slice of its first ones.
 
@@ -162,7 +175,7 @@ def predict(config: Any, sample: SampleTrace, hardware: Hardware, dtype: str, ou
     Where the weights do not fit, as many whole FFNs as do stay on the device and the others are streamed: in prefill by
     everyone, in decode by all but methods that keep chosen neurons (see :mod:`corematching.engine.offload`).
     """
-    element = {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    element = ELEMENT[dtype]
     sizes, rate = Sizes.of(config), hardware.rate(dtype)
     steps = max(output_tokens - 1, 1)
     chosen = [None if sample.ffn_mode in ("masked", "whole") else neurons for neurons in sample.neurons]

@@ -7,7 +7,7 @@ and say so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from corematching import build_method, compose, load_model
-from corematching.cost.hardware import THIS, dtype_name
+from corematching.cost.hardware import THIS
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import Hardware
 from corematching.efficiency.breakeven import measure_break_even
@@ -94,8 +94,7 @@ class Bench:
         self.rows = tuple(method_rows(settings))
         self.identity = model_identity(settings["model"])
         self.methods = self._checked_methods()
-        name = settings["hardware"]["name"]
-        self.elsewhere: Hardware | None = None if name == THIS else Hardware(**settings["hardware"])
+        self.elsewhere = [Hardware(**card) for card in settings["hardware"] if card["name"] != THIS]
         self.on_gpu = torch.cuda.is_available() and not str(settings["model"]["device"]).startswith("cpu")
         self.machine = provenance.hardware() | {"threads": torch.get_num_threads(), "torch": torch.__version__}
         self.folder = asks.folder_of(settings)
@@ -106,7 +105,7 @@ class Bench:
 
     def _checked_methods(self) -> dict[Row, Method]:
         """Every row's method; refuses, before anything is written, what does not fit the model."""
-        chosen, methods = self.settings["model"], {row: _method(row) for row in self.rows}
+        chosen, methods = self.settings["model"], {row: method_of(row) for row in self.rows}
         config = load_config(self._model_name(), chosen["weights"], chosen["num_layers"], chosen["revision"])
         check_methods(methods.values(), config, model_path(self._model_name()))
         return methods
@@ -116,10 +115,10 @@ class Bench:
         return chosen["name"] if chosen["weights"] == "random" else chosen["path"]
 
     # ------------------------------------------------------------------------------------------------------- cells
-    def cell(self, row: Row, tokens: int, regime: str = "resident", predicted: bool = False) -> Cell:
-        """The cell of a method's row; a prediction is for the whole model on the hardware asked for."""
+    def cell(self, row: Row, tokens: int, regime: str = "resident", card: Hardware | None = None) -> Cell:
+        """The cell of a method's row; a prediction is for the whole model on a card."""
         protocol = self.protocol
-        model = {k: v for k, v in self.identity.items() if k != "num_layers"} if predicted else self.identity
+        model = {k: v for k, v in self.identity.items() if k != "num_layers"} if card else self.identity
         config = {
             "kind": "efficiency",
             "model": model,
@@ -129,20 +128,23 @@ class Bench:
             "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats},
             "seed": self.settings["seed"],
             "regime": regime,
-            "hardware": self._prediction_of() if predicted else self.machine,
+            "hardware": self._prediction_of(card) if card else self.machine,
         }
         labels = {"model": model_label(model), "method": row.label, "keep": row.keep}
         return Cell.of(config, **labels, benchmark="efficiency", data="synthetic")
 
     def measured_cells(self, row: Row) -> list[Cell]:
         """The cells of a method that are timed on this machine."""
-        regimes = ["resident", *([self._limited()] if self.elsewhere is not None and self.on_gpu else [])]
+        regimes = ["resident", *(_limited(card) for card in self.elsewhere if self.on_gpu)]
         return [self.cell(row, tokens, regime) for regime in regimes for tokens in self.protocol.output_tokens]
 
     def cells(self, row: Row) -> list[Cell]:
         """Every cell of a method: measured, then predicted."""
-        lengths = self.protocol.output_tokens if self.elsewhere is not None else ()
-        return self.measured_cells(row) + [self.cell(row, tokens, "predicted", predicted=True) for tokens in lengths]
+        return self.measured_cells(row) + [
+            self.cell(row, tokens, "predicted", card)
+            for card in self.elsewhere
+            for tokens in self.protocol.output_tokens
+        ]
 
     def is_done(self, row: Row) -> bool:
         records = [self.store.read(cell.id) for cell in self.cells(row)]
@@ -150,14 +152,9 @@ class Bench:
             record is not None and record["status"] == "done" and begun(record) >= self.since for record in records
         )
 
-    def _prediction_of(self) -> dict[str, Any]:
+    def _prediction_of(self, card: Hardware) -> dict[str, Any]:
         """What a prediction rests on: the card's figures, and the layers that were traced."""
-        assert self.elsewhere is not None
-        return {"predicted_for": asdict(self.elsewhere), "traced_layers": self.identity.get("num_layers")}
-
-    def _limited(self) -> str:
-        assert self.elsewhere is not None
-        return f"offloaded ({self.elsewhere.memory / 1e9:g} GB)"
+        return {"predicted_for": asdict(card), "traced_layers": self.identity.get("num_layers")}
 
     # --------------------------------------------------------------------------------------------------- measuring
     def prepare(self, pending: list[Row]) -> None:
@@ -187,8 +184,9 @@ class Bench:
         if any("neurons" in method.acts_on for method in self.methods.values()):
             decoder: Any = family_of(self.model.config).decoder(self.model)
             print(f"  core neurons, keep 0.4: {measure_break_even(decoder.layers[0].mlp, 0.4)}")
-        if self.elsewhere is not None and not self.on_gpu:
-            print(f"  no GPU: what {self.elsewhere.name}'s memory allows is predicted, not run")
+        if self.elsewhere and not self.on_gpu:
+            names = ", ".join(card.name for card in self.elsewhere)
+            print(f"  no GPU: what the memory of {names} allows is predicted, not run")
 
     def measure(self, row: Row) -> None:
         """Measure one method in every regime asked for, and store its cells."""
@@ -197,13 +195,11 @@ class Bench:
         try:
             resident = measure(self.model, self.dense, method, self.inputs, protocol, self.peaks)
             self._write(row, resident, started)
-            if self.elsewhere is not None:
+            for card in self.elsewhere:
                 if self.on_gpu:
-                    limited = measure_offloaded(
-                        self.model, method, self.inputs, protocol, self.peaks, self.elsewhere.memory
-                    )
-                    self._write(row, limited, started, self._limited())
-                self._write_predictions(row, resident, started)
+                    limited = measure_offloaded(self.model, method, self.inputs, protocol, self.peaks, card.memory)
+                    self._write(row, limited, started, _limited(card))
+                self._write_predictions(row, resident, started, card)
         except Exception as error:  # whatever went wrong belongs to this method, and the others go on
             self.failed += 1
             print(neutral(f"  {row.label} failed: {type(error).__name__}: {error}"))
@@ -213,33 +209,20 @@ class Bench:
 
     def _write(self, row: Row, measured: Measured, started: datetime, regime: str = "resident") -> None:
         for tokens, bench in measured.rows.items():
-            result = self._result(bench, measured.trace, tokens)
-            self._store(self.cell(row, tokens, regime), started, result)
+            done = result(bench, measured.trace, self.model.config)
+            self._store(self.cell(row, tokens, regime), started, done)
 
-    def _write_predictions(self, row: Row, measured: Measured, started: datetime) -> None:
-        assert self.elsewhere is not None
-        depth = self.settings["model"]["layers"] or 0
-        config, dtype, lengths = self.model.config, dtype_name(self.model.dtype), self.protocol.output_tokens
-        found = predicted_rows(config, measured.trace, lengths, self.elsewhere, dtype, depth)
+    def _write_predictions(self, row: Row, measured: Measured, started: datetime, card: Hardware) -> None:
+        depth, lengths = self.settings["model"]["layers"] or 0, self.protocol.output_tokens
+        dense = measured.pair.dense[-1].trace
+        found = predicted_rows(self.model.config, measured.trace, dense, lengths, card, depth)
         for tokens, bench in found.rows.items():
-            cell = self.cell(row, tokens, "predicted", predicted=True)
-            self._store(cell, started, self._result(bench, found.trace, tokens, found.config))
+            self._store(self.cell(row, tokens, "predicted", card), started, result(bench, found.trace, found.config))
 
-    def _result(
-        self, bench: dict[str, Any], trace: SampleTrace, tokens: int, config: Any | None = None
-    ) -> dict[str, Any]:
-        """What a finished row adds to its record."""
-        from corematching.answering.generator import Answer
-        from corematching.evaluation.trace_summary import summarise
-
-        sample = trace.stopped_after(tokens - 1)
-        summary = summarise([Answer("", tokens, sample)], config or self.model.config)
-        return {"status": "done", "bench": bench, "trace": summary}
-
-    def _store(self, cell: Cell, started: datetime, result: dict[str, Any]) -> None:
+    def _store(self, cell: Cell, started: datetime, done: dict[str, Any]) -> None:
         seconds = (datetime.now(UTC) - started).total_seconds()
         peaks = {"bandwidth": self.peaks.bandwidth, "flops": self.peaks.flops}
-        record = new_record(cell, "efficiency", started, seconds, result, hardware=self.machine, peaks=peaks)
+        record = new_record(cell, "efficiency", started, seconds, done, hardware=self.machine, peaks=peaks)
         self.store.write(record)
 
     # ------------------------------------------------------------------------------------------------------- table
@@ -248,18 +231,39 @@ class Bench:
         if self.settings["report"] and (changed or outdated(self.store)):
             publish_run(self.folder, print, lambda make: None)
         cells = [cell for row in self.rows for cell in self.cells(row)]
-        records = [record for record in (self.store.read(cell.id) for cell in cells) if record is not None]
-        told = list(filter(None, [small_note(self.settings, answers=False)]))
-        table = run_table([record for record in records if record["status"] == "done"], told)
-        table.write(self.store.root)
-        print_rows(table)
+        show_table(self.store, cells, list(filter(None, [small_note(self.settings, answers=False)])))
         if self.failed:
             print(f"{self.failed} methods failed; tracebacks are in {self.store.cells}/<id>/cell.json")
-        print(f"table: {self.store.root / 'table.md'}, {self.store.root / 'table.csv'}")
         return 1 if self.failed else 0
 
 
-def _method(row: Row) -> Method:
+def result(bench: dict[str, Any], trace: SampleTrace, config: Any) -> dict[str, Any]:
+    """What a finished row adds to its record."""
+    from corematching.answering.generator import Answer
+    from corematching.evaluation.trace_summary import summarise
+
+    tokens = bench["output_tokens"]
+    summary = summarise([Answer("", tokens, trace.stopped_after(tokens - 1))], config)
+    return {"status": "done", "bench": bench, "trace": summary}
+
+
+def show_table(store: Store, cells: Sequence[Cell], told: Sequence[str]) -> None:
+    """Write and print the table of those cells that are done."""
+    records = [record for record in (store.read(cell.id) for cell in cells) if record is not None]
+    table = run_table([record for record in records if record["status"] == "done"], told)
+    table.write(store.root)
+    print_rows(table)
+    print(f"table: {store.root / 'table.md'}, {store.root / 'table.csv'}")
+
+
+def method_of(row: Row) -> Method:
+    """The method of a line of the table.
+
+    Raises
+    ------
+    UserError
+        For a parameter out of range.
+    """
     parameters = dict(row.parameters)
     second = parameters.pop("with", None)
     method = build_method(row.method, **parameters)
@@ -267,3 +271,7 @@ def _method(row: Row) -> Method:
         return method
     second = dict(second)
     return compose(method, build_method(second.pop("name"), **second))
+
+
+def _limited(card: Hardware) -> str:
+    return f"offloaded ({card.memory / 1e9:g} GB)"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corematching.cost.flops import flops
 from corematching.cost.hardware import dtype_name, this_machine
-from corematching.cost.roofline import Hardware, at_depth, decode_bytes, predict
+from corematching.cost.roofline import Hardware, at_depth, decode_bytes, in_dtype, predict
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
 from corematching.efficiency.peaks import Peaks
 from corematching.engine.compiled import ENGINES
@@ -123,7 +123,7 @@ def row_of(
         **_milliseconds("dense_end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.dense])),
         **_milliseconds("overhead_ms", measured.overhead + measured.choice * choices),
         "peak_memory_bytes": max(run.peak_bytes for run in pair.method),
-        "kv_bytes": sample.kv_bytes,
+        **_savings(config, sample, pair.dense[-1].trace, tokens),
         "prefill_tflop_per_s": rate / 1e12,
         "flops_share": rate / peaks.flops,
         **_ratio("paired_speedup", pair.speedup(tokens)),
@@ -157,25 +157,34 @@ class Predicted:
 
 
 def predicted_rows(
-    config: Any, sample: SampleTrace, output_tokens: Sequence[int], hardware: Hardware, dtype: str, depth: int = 0
+    config: Any,
+    sample: SampleTrace,
+    dense: SampleTrace,
+    output_tokens: Sequence[int],
+    hardware: Hardware,
+    depth: int = 0,
 ) -> Predicted:
     """Predict rows for a model of ``depth`` layers (0: as many as were traced) from a trace.
 
-    Hardware without this type (Pascal and Turing have no bfloat16) is taken to compute in float16; ``dtype`` in the
-    row says which it was.
+    A device is planned with its own type, whatever the trace was made in; ``dtype`` in the row says which it is.
+
+    Parameters
+    ----------
+    dense
+        The dense model's trace of the same prompt; the ratios in the rows are its predicted figures over the row's own.
 
     Raises
     ------
     UserError
-        If the hardware has neither, or too little memory.
+        If the hardware has too little memory.
     """
-    dtype = dtype if dtype in hardware.flops else "float16"
+    dtype, traced = hardware.dtype, len(sample.llm_tokens)
     # Steps that a CPU computed whole before gathering are none where a kernel reads neurons in place.
-    traced, sample = len(sample.llm_tokens), replace(sample, masked_steps=0)
-    config, sample = at_depth(config, sample, depth)
+    whole, sample = at_depth(config, in_dtype(config, replace(sample, masked_steps=0), dtype), depth)
+    _, dense = at_depth(config, in_dtype(config, dense, dtype), depth)
     rows = {}
     for tokens in output_tokens:
-        prediction = predict(config, sample, hardware, dtype, tokens)
+        prediction, base = (predict(whole, one, hardware, dtype, tokens) for one in (sample, dense))
         rows[tokens] = {
             "device": hardware.name,
             "regime": prediction.regime,
@@ -186,12 +195,27 @@ def predicted_rows(
             "prefill_ms": 1e3 * prediction.prefill,
             "decode_ms_per_token": 1e3 * prediction.decode_per_token if tokens > 1 else None,
             "end_to_end_ms": 1e3 * prediction.end_to_end(tokens),
+            "dense_end_to_end_ms": 1e3 * base.end_to_end(tokens),
+            "paired_speedup": base.end_to_end(tokens) / prediction.end_to_end(tokens),
+            "paired_prefill_speedup": base.prefill / prediction.prefill,
+            "paired_decode_speedup": base.decode_per_token / prediction.decode_per_token if tokens > 1 else None,
+            **_savings(whole, sample, dense, tokens),
             "peak_memory_bytes": prediction.resident_bytes,
-            "kv_bytes": sample.kv_bytes,
             "streamed_bytes_per_token": prediction.streamed_per_token,
             **({"from_layers": traced} if traced < len(sample.llm_tokens) else {}),
         }
-    return Predicted(config, sample, rows)
+    return Predicted(whole, sample, rows)
+
+
+def _savings(config: Any, sample: SampleTrace, dense: SampleTrace, tokens: int) -> dict[str, float]:
+    """What an answer of so many tokens costs without a clock: FLOPs and KV bytes, and dense's over them."""
+    own, base = (flops(config, one.stopped_after(tokens - 1)).total for one in (sample, dense))
+    return {
+        "flops": own,
+        "flops_ratio": base / own,
+        "kv_bytes": sample.kv_bytes,
+        "kv_ratio": dense.kv_bytes / sample.kv_bytes,
+    }
 
 
 def _decode(run: Run, tokens: int) -> float:

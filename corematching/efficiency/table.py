@@ -20,7 +20,10 @@ NOTES = (
     "peak GB: tensors allocated on a GPU; on a CPU the whole process, memory freed but kept for reuse included.",
     "predicted / measured: the roofline model's time for this machine over the measured one.",
 )
-PREDICTED = "Rows marked predicted come from the roofline model with public peak figures; nothing was run there."
+PREDICTED = (
+    "Rows marked predicted come from the roofline model with public peak figures; nothing was run there. Their ratios"
+    " are dense's predicted figure over the row's own."
+)
 
 
 def run_table(records: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) -> RunTable:
@@ -36,16 +39,18 @@ def run_table(records: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) ->
     kinds = list(dict.fromkeys(_setting(record) for record in records))
     kinds.sort(key=lambda kind: (kind[0] != "resident", kind[0], kind[1]))
     ordered = sorted(records, key=lambda one: line_order(one["config"]["method"]["name"], one["labels"]["keep"]))
-    rows = [_cells(record) for kind in kinds for record in ordered if _setting(record) == kind]
+    shown = [what for what in EFFICIENCY if any(record["bench"].get(what.key) is not None for record in records)]
+    rows = [_cells(record, shown) for kind in kinds for record in ordered if _setting(record) == kind]
     columns = (
         METHOD,
         KEEP,
         RunColumn("weights", role="label", left=True),
         RunColumn("output tokens", "tokens", role="label"),
-        *(RunColumn(what.name, what.short) for what in EFFICIENCY),
+        *(RunColumn(what.name, what.short) for what in shown),
     )
     models = dict.fromkeys(record["labels"]["model"] for record in records if record["labels"].get("model"))
-    notes = (*told, *((f"Model: {'; '.join(models)}.",) if models else ()), *_origins(records), *NOTES)
+    notes = (*told, *((f"Model: {'; '.join(models)}.",) if models else ()), *_origins(records))
+    notes += NOTES if any(not record["bench"]["predicted"] for record in records) else ()
     notes += (PREDICTED,) if any(record["bench"]["predicted"] for record in records) else ()
     return RunTable(columns, tuple(rows), notes, tuple(_warnings(records)))
 
@@ -83,17 +88,18 @@ def _setting(record: Mapping[str, Any]) -> tuple[str, int]:
     bench = record["bench"]
     where = bench["regime"]
     if bench["predicted"]:
-        where = f"{bench.get('device')}, {where}, {prediction_note(bench.get('from_layers'))}"
+        words = record["labels"].get("model"), bench.get("device"), bench.get("dtype"), where
+        where = ", ".join((*filter(None, words), prediction_note(bench.get("from_layers"))))
     else:
         where += engines_note(bench.get("engine"), bench.get("dense_engine"))
     return where, bench["output_tokens"]
 
 
-def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(record: Mapping[str, Any], shown: Sequence[Quantity]) -> tuple[str, ...]:
     bench, labels = record["bench"], record["labels"]
     where, tokens = _setting(record)
     keep = HOLE if labels["keep"] is None else str(labels["keep"])
-    return labels["method"], keep, where, str(tokens), *(_text(bench, what) for what in EFFICIENCY)
+    return labels["method"], keep, where, str(tokens), *(_text(bench, what) for what in shown)
 
 
 def _text(bench: Mapping[str, Any], what: Quantity) -> str:

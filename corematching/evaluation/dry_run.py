@@ -36,7 +36,9 @@ def dry_run(config: DictConfig) -> int:
     for line in banner(settings, answers=settings["runner"] == "accuracy"):
         print(line)
     print("dry run: nothing is computed or fetched")
-    own = {"efficiency": _efficiency_lines, "text": _text_lines}.get(settings["runner"])
+    own = {"efficiency": _efficiency_lines, "prediction": _prediction_lines, "text": _text_lines}.get(
+        settings["runner"]
+    )
     for line in own(settings) if own else _accuracy_lines(config):
         print(line)
     return 0
@@ -75,6 +77,15 @@ def _text_lines(settings: Mapping[str, Any]) -> Iterator[str]:
     yield f"tokens: {cells * text['windows'] * (text['context'] + text['tokens']):,} to run, done cells included"
     yield f"disk: {_bytes(_free(folder))} free"
     yield "to download: nothing; model and text are installed by make smol"
+
+
+def _prediction_lines(settings: Mapping[str, Any]) -> Iterator[str]:
+    from corematching.efficiency.prediction import outlook  # with torch: cells are planned from configurations
+
+    folder, (planned, pending) = asks.folder_of(settings), outlook(settings)
+    yield f"{folder.name}: {planned} pairs of model and method, {pending} to predict, nothing to measure -> {folder}"
+    yield f"disk: {_bytes(_free(folder))} free"
+    yield "to download: nothing; predictions are made from shapes"
 
 
 def _efficiency_lines(settings: Mapping[str, Any]) -> Iterator[str]:

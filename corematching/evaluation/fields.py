@@ -130,6 +130,8 @@ def _plain(value: Any) -> Any:
 
 OneOrMany = BeforeValidator(_many)
 """Metadata of a list: a single value stands for a list of one."""
+SeveralOrNone = BeforeValidator(lambda value: None if value is None else _many(value))
+"""The same of a list that may be absent."""
 Text = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$"), Worded("a text")]
 Label = Annotated[str, StringConstraints(max_length=100, pattern=r"\S"), Worded("a text of 1 to 100 signs")]
 FolderName = Annotated[

@@ -28,6 +28,7 @@ from corematching.evaluation.fields import (
     Part,
     Positive,
     Seed,
+    SeveralOrNone,
     Switch,
     Text,
     Worded,
@@ -36,8 +37,14 @@ from corematching.evaluation.fields import (
 )
 from corematching.registry import PER_IMAGE, method_defaults
 
-RUNNERS = ("accuracy", "efficiency", "text")
-_OWN_PARTS = {"efficiency": "+experiment=efficiency", "text": "+experiment=real_language_model"}
+RUNNERS = ("accuracy", "efficiency", "prediction", "text")
+_OWN_PARTS = {
+    "efficiency": ("+experiment=efficiency", ("efficiency",)),
+    "hardware": ("+experiment=efficiency", ("efficiency", "prediction")),
+    "prediction": ("+experiment=paper_hardware", ("prediction",)),
+    "text": ("+experiment=real_language_model", ("text",)),
+}
+"""Settings that some runners need and others refuse: an experiment that has them, and those runners."""
 Prompt = Annotated[str, OneOf("prompt", lambda: PROMPTS)]
 Image = Annotated[str, OneOf("image", lambda: IMAGE_MODES)]
 
@@ -212,6 +219,7 @@ class Hardware(Part):
     """``conf/hardware``: another machine, for predictions; ``this`` states nothing."""
 
     name: Label
+    dtype: Annotated[str, OneOf("hardware.dtype", lambda: ("float32", "bfloat16", "float16"))] | None
     flops: Annotated[dict[str, Positive] | None, Worded("FLOP/s by dtype")]
     bandwidth: Positive | None
     memory: Positive | None
@@ -219,11 +227,21 @@ class Hardware(Part):
 
     @model_validator(mode="after")
     def _whole(self) -> Hardware:
-        figures = {"flops": self.flops, "bandwidth": self.bandwidth, "memory": self.memory, "link": self.link}
+        figures = {
+            "dtype": self.dtype,
+            "flops": self.flops,
+            "bandwidth": self.bandwidth,
+            "memory": self.memory,
+            "link": self.link,
+        }
         for name, value in figures.items():
             if (value is None) != (self.name == "this"):
-                wording = "nothing: this machine is measured" if value else "a number above 0"
+                wording = "nothing: this machine is measured" if value else "what its data sheet says"
                 raise UserError(f"hardware.{name}={shown(value)} is not valid for hardware {self.name}: give {wording}")
+        if self.flops and self.dtype not in self.flops:
+            raise UserError(
+                f"hardware.dtype={self.dtype} has no peak on {self.name}: choose from {', '.join(self.flops)}"
+            )
         return self
 
 
@@ -233,6 +251,17 @@ class Efficiency(Part):
     output_tokens: Annotated[list[Count], OneOrMany, Field(min_length=1), Worded("whole numbers of at least 1")]
     repeats: Count
     engine: Annotated[str, OneOf("engine", lambda: ("eager", "compiled"))]
+    before: Count
+    after: Count
+
+
+class Prediction(Part):
+    """What is predicted without being run; see :mod:`corematching.efficiency.prediction`."""
+
+    models: Annotated[
+        list[Annotated[str, OneOf("model", lambda: groups.choices("model"))]], OneOrMany, Field(min_length=1)
+    ]
+    output_tokens: Annotated[list[Count], OneOrMany, Field(min_length=1), Worded("whole numbers of at least 1")]
     before: Count
     after: Count
 
@@ -265,8 +294,9 @@ class Settings(Part):
     judge: Annotated[NoJudge | Judge, Field(discriminator="name")]
     executor: Annotated[Local | Processes, Field(discriminator="name")]
     tracking: Annotated[NoTracking | Wandb, Field(discriminator="name")]
-    hardware: Hardware | None = None
+    hardware: Annotated[list[Hardware] | None, SeveralOrNone] = None
     efficiency: Efficiency | None = None
+    prediction: Prediction | None = None
     text: RunningText | None = None
     methods: Annotated[list[Annotated[Entry, Named]], OneOrMany]
     keep: Annotated[list[Any], OneOrMany]
@@ -292,14 +322,15 @@ class Settings(Part):
         if not self.methods:
             raise UserError(f"methods is empty; name one or more of {', '.join(groups.choices('method'))}")
         if self.runner == "accuracy" and self.model.text_only:
-            raise UserError(f"model {self.model.name} is for text only: it runs with {_OWN_PARTS['text']}")
+            raise UserError(f"model {self.model.name} is for text only: it runs with {_OWN_PARTS['text'][0]}")
         if self.runner == "accuracy" and not self.benchmarks:
             raise UserError(f"benchmarks is empty; name one or more of {', '.join(available_benchmarks())}")
-        for name, runner in (("hardware", "efficiency"), ("efficiency", "efficiency"), ("text", "text")):
-            needed = self.runner == runner
-            if (getattr(self, name) is not None) != needed:
-                wording = "is missing: runner={} needs it" if needed else "is of use with runner={} only"
-                raise UserError(f"{name} {wording.format(runner)} (see {_OWN_PARTS[runner]})")
+        for name, (experiment, runners) in _OWN_PARTS.items():
+            if (getattr(self, name) is not None) != (self.runner in runners):
+                wording = (
+                    "is missing: runner={} needs it" if self.runner in runners else "is of use with runner={} only"
+                )
+                raise UserError(f"{name} {wording.format(' or '.join(runners))} (see {experiment})")
         return self
 
 

@@ -14,6 +14,7 @@ from corematching.results.accuracy import ablation_table, accuracy_table, contex
 from corematching.results.compare import COLUMNS, WORDS, compare
 from corematching.results.hardware import efficiency_rows, hardware_table
 from corematching.results.load import Results, load_results
+from corematching.results.published_speed import load_published_speed, published_speed_table
 from corematching.results.reference import load_reference, published_table
 from corematching.results.selection import CONTEXT, select
 from corematching.results.tables import Table, budget
@@ -32,7 +33,7 @@ class Aggregation:
     efficiency
         Efficiency rows (see :func:`corematching.results.hardware.efficiency_rows`).
     tables
-        Accuracy, hardware, ablation, scaling and published-number tables, as far as the stores hold their cells.
+        Accuracy, hardware, ablation, scaling and published-number tables (scores and speed-ups), as far as the stores hold their cells.
     """
 
     results: Results
@@ -62,6 +63,7 @@ def aggregate(folders: Iterable[Path | str]) -> Aggregation:
     groups = contexts(cells) if len(cells) else []
     tables += [accuracy_table(group, suffix, notes) for suffix, group in groups]
     tables.append(hardware_table(efficiency))
+    tables.append(published_speed_table(efficiency, load_published_speed()) if len(efficiency) else None)
     for build in (ablation_table, scaling_table):
         tables += [build(group, suffix) for suffix, group in groups]
     tables.append(published_table(cells, load_reference()) if len(cells) else None)

@@ -74,12 +74,21 @@ TIMES = (
     Quantity("end_to_end_ms", "end to end ms", "all ms", better="lower"),
 )
 SPEEDUP = Quantity("paired_speedup", "speed-up", "speedup", digits=2, better="higher")
+PREFILL_SPEEDUP = Quantity("paired_prefill_speedup", "prefill speed-up", "pre x", digits=2, better="higher")
+DECODE_SPEEDUP = Quantity("paired_decode_speedup", "decode speed-up", "dec x", digits=2, better="higher")
+FLOPS_RATIO = Quantity("flops_ratio", "FLOPs, dense / own", "FLOPs x", digits=2, better="higher")
+KV_RATIO = Quantity("kv_ratio", "KV, dense / own", "KV x", digits=2, better="higher")
 EFFICIENCY = (
     *TIMES,
     SPEEDUP,
+    PREFILL_SPEEDUP,
+    DECODE_SPEEDUP,
+    Quantity("flops", "TFLOPs", "TFLOPs", 1e-12, 3, significant=True),
+    FLOPS_RATIO,
     Quantity("overhead_ms", "overhead ms", "overh.", digits=2),
     Quantity("peak_memory_bytes", "peak GB", "peakGB", 1e-9, 2),
     Quantity("kv_bytes", "KV MB", "KVMB", 1e-6, 1, better="lower"),
+    KV_RATIO,
     Quantity("decode_gb_per_s", "GB/s"),
     Quantity("bandwidth_share", "% of GB/s", "%GB/s", 100.0, 0),
     Quantity("prefill_tflop_per_s", "TFLOP/s", digits=3),

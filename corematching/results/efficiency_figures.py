@@ -16,6 +16,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from corematching.results.device_figure import speedup_by_device
 from corematching.results.figures.about import about_efficiency
 from corematching.results.figures.canvas import STYLE, ShownFigure, finish, hollow, key, new_figure, save
 from corematching.results.figures.looks import styles
@@ -27,6 +28,8 @@ PARTS = {"prefill": "#4C78A8", "decode": "#F2B06B"}
 """Colours of the two parts of a run; methods have none of them."""
 BAR = 0.19
 """Height of a bar in inches."""
+MOST_PANELS = 12
+"""More settings than this fill more than a page."""
 ACROSS = 7.2
 """Width of the figures in inches, that of a page's text."""
 
@@ -36,6 +39,7 @@ Entries = Sequence[tuple[Artist, str]]
 def time_breakdown(efficiency: pd.DataFrame) -> ShownFigure | None:
     """Stacked bars of prefill and decode time per method and budget, one panel per device and output length."""
     shown_rows = efficiency[efficiency["prefill_ms"].notna() & efficiency["decode_ms_per_token"].notna()]
+    shown_rows = _longest_if_many(shown_rows)
     if shown_rows.empty:
         return None
     panels = [_dense_first(rows) for _, rows in shown_rows.groupby(SETTING, sort=True)]
@@ -51,6 +55,13 @@ def time_breakdown(efficiency: pd.DataFrame) -> ShownFigure | None:
         drawn[-1].set_xlabel("time in ms")
     entries = [(Patch(color=colour), name) for name, colour in PARTS.items()]
     return _finished(figure, shown_rows, ["prefill_ms_iqr", "end_to_end_ms_iqr"], entries)
+
+
+def _longest_if_many(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows; of more settings than a page holds, those of the longest answers only."""
+    if len(rows.groupby(SETTING)) <= MOST_PANELS:
+        return rows
+    return rows[rows["output_tokens"] == rows["output_tokens"].max()]
 
 
 def _stack(axes: Axes, rows: pd.DataFrame, names: Sequence[str]) -> None:
@@ -77,6 +88,8 @@ def speedup_over_keep(efficiency: pd.DataFrame) -> ShownFigure | None:
     """End-to-end speed-up over dense by visual tokens kept, one panel per output length; ``None`` without budgets."""
     counts = efficiency["keep"].map(lambda keep: isinstance(keep, int) and not isinstance(keep, bool))
     shown_rows = efficiency[counts & efficiency["speedup"].notna()]
+    if len(shown_rows.groupby(SETTING)) > MOST_PANELS and shown_rows["keep"].nunique() == 1:
+        return None  # a curve of one point per panel: speedup_by_device shows those
     if shown_rows.empty:
         return None
     panels = [rows for _, rows in shown_rows.groupby(SETTING, sort=True)]
@@ -129,7 +142,7 @@ def decode_over_neurons(efficiency: pd.DataFrame) -> ShownFigure | None:
 
 def efficiency_figures(efficiency: pd.DataFrame) -> dict[str, ShownFigure]:
     """Every figure that the rows allow, by file name."""
-    makers = (time_breakdown, speedup_over_keep, decode_over_neurons)
+    makers = (time_breakdown, speedup_over_keep, decode_over_neurons, speedup_by_device)
     made = {make.__name__: make(efficiency) for make in makers}
     return {name: figure for name, figure in made.items() if figure is not None}
 

@@ -36,6 +36,7 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         "from_layers",
         "prompt_tokens",
         "repeats",
+        "streamed_bytes_per_token",
         *(what.key for what in EFFICIENCY if what.key != "repeats"),
         *(f"{what.key}_iqr" for what in EFFICIENCY if what.key != "repeats"),
     ]
@@ -54,6 +55,8 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
     for name in fields[6:]:
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     rows["prompt_tokens"] = rows["prompt_tokens"].fillna(0).astype(int)
+    planned = pd.Series([bench.get("dtype") for bench in chosen["bench"]], index=rows.index, dtype=object)
+    rows["dtype"] = planned.where(planned.notna(), rows["dtype"])  # a card is planned with its own type
     rows["dtype"] = rows["dtype"].where(rows["dtype"].notna(), "")
     rows, older = _latest(rows)
     dense = (
@@ -90,7 +93,7 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
     noisy = unsteady_settings(rows)
     body = []
     for row in sorted((rows.loc[index] for index in rows.index), key=_order):
-        predicted = f" ({prediction_note(row['from_layers'])})" if row["predicted"] is True else ""
+        predicted = f", {row['dtype']} ({prediction_note(row['from_layers'])})" if row["predicted"] is True else ""
         entries = [
             word(row["model"]),
             word(row["device"]),

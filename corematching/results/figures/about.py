@@ -51,7 +51,8 @@ def about_cells(cells: pd.DataFrame) -> About:
 
 def about_efficiency(rows: pd.DataFrame) -> About:
     """What the figures of efficiency rows carry; the settings stand over the panels."""
-    facts = [*_models(rows), "forced output lengths", f"n = {_range(rows['repeats'])} repeats"]
+    repeats = f"n = {_range(rows['repeats'])} repeats" if rows["repeats"].notna().any() else "predicted, not measured"
+    facts = [*_models(rows), "forced output lengths", repeats]
     return _about(facts, rows, MINI_BANNER if rows["model_config"].map(is_bundled).any() else "")
 
 
