@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from corematching.answering.recipes import Recipe
 from corematching.errors import UserError
 
 PROMPTS = ("llava15", "lmms_eval")
@@ -16,17 +17,17 @@ VICUNA_V1 = (
 )
 
 
-def check_choices(prompt: str, image: str) -> None:
-    """Refuse an unknown prompt or image mode.
+def check_choices(prompt: str | None, image: str | None) -> None:
+    """Refuse an unknown prompt or image mode; None means the usual one of the model's family.
 
     Raises
     ------
     UserError
         Names the valid ones.
     """
-    if prompt not in PROMPTS:
+    if prompt is not None and prompt not in PROMPTS:
         raise UserError(f"unknown prompt '{prompt}'; valid: {', '.join(PROMPTS)}")
-    if image not in IMAGE_MODES:
+    if image is not None and image not in IMAGE_MODES:
         raise UserError(f"unknown image mode '{image}'; valid: {', '.join(IMAGE_MODES)}")
 
 
@@ -41,7 +42,7 @@ def plain(question: str, processor: Any) -> str:
     return question
 
 
-def render(processor: Any, question: str, images: int, prompt: str) -> str:
+def render(processor: Any, question: str, images: int, prompt: str, system: str | None = None) -> str:
     """The whole prompt of one question, ready for the processor.
 
     Parameters
@@ -55,6 +56,8 @@ def render(processor: Any, question: str, images: int, prompt: str) -> str:
     prompt
         ``llava15``: the ``vicuna_v1`` conversation of the official LLaVA-1.5 evaluation, images first, each on its own
         line. ``lmms_eval``: the checkpoint's own chat template, as lmms-eval's stock wrappers do.
+    system
+        Text of a system turn in front, for ``lmms_eval``; None leaves that to the template.
 
     Raises
     ------
@@ -71,6 +74,8 @@ def render(processor: Any, question: str, images: int, prompt: str) -> str:
         )
     content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": plain(question, processor)}]
     messages = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
@@ -91,6 +96,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
+def _named(what: object) -> str:
+    """Something that is no image, in a few words."""
+    text = " ".join(str(what).split())
+    return repr(text[:80]) if isinstance(what, str) else f"a {type(what).__name__}"
+
+
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """`image` in the middle of the smallest square that holds it, the rest filled with `colour` (RGB, 0-255)."""
     width, height = image.size
@@ -102,23 +113,28 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
-def prepare_images(images: Sequence[Image.Image], mode: str, processor: Any) -> list[Image.Image]:
+def prepare_images(
+    images: Sequence[Image.Image], mode: str, processor: Any, recipe: Recipe | None = None
+) -> list[Image.Image]:
     """RGB images as the processor gets them; see `to_rgb` for other kinds.
 
     ``pad`` pads to a square with the processor's mean colour, as the official LLaVA-1.5 recipe
-    (``image_aspect_ratio=pad``); ``processor`` leaves shape to the processor, which crops for CLIP.
+    (``image_aspect_ratio=pad``); ``processor`` leaves shape to the family's `recipe` and to the processor, which crops
+    for LLaVA-1.5's CLIP.
 
     Raises
     ------
     UserError
-        For an unknown `mode`, or an image without pixels.
+        For an unknown `mode`, an image without pixels or of a shape the family cannot take, or what is no image.
     """
     for image in images:
+        if not isinstance(image, Image.Image):
+            raise UserError(f"{_named(image)} is no image: questions about images only are answered, not about videos")
         if 0 in image.size:
             raise UserError(f"an image of {image.size[0]} x {image.size[1]} pixels cannot be shown to a model")
     rgb = [to_rgb(image) for image in images]
     if mode == "processor":
-        return rgb
+        return rgb if recipe is None else [recipe.sized(image) for image in rgb]
     if mode != "pad":
         raise UserError(f"unknown image mode '{mode}'; valid: {', '.join(IMAGE_MODES)}")
     red, green, blue = (int(255 * channel) for channel in processor.image_processor.image_mean)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from corematching.answering.conversation import check_choices
+from corematching.answering.encoding import Encoder
 from corematching.answering.greedy import decode, is_plain
 from corematching.answering.prompts import Batch, Prompts, Question
+from corematching.answering.recipes import recipe_of
 from corematching.engine.sharing import Sharing, can_share, common_layers, most_asked, sharing_prompts
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
@@ -45,9 +47,9 @@ class Generator:
     model, processor
         As `corematching.load_model` returns them. The tokenizer is set to pad on the left.
     prompt
-        ``llava15`` or ``lmms_eval``; see `corematching.answering.conversation.render`.
+        ``llava15`` or ``lmms_eval``; see `corematching.answering.conversation.render`. None: as the family is asked.
     image
-        ``pad`` or ``processor``; see `corematching.answering.conversation.prepare_images`.
+        ``pad`` or ``processor``; see `corematching.answering.conversation.prepare_images`. None likewise.
     batch_size
         Most questions per forward pass. A batch that does not fit into memory is run in halves, and so are later ones.
     max_new_tokens
@@ -60,8 +62,8 @@ class Generator:
         self,
         model: Any,
         processor: Any,
-        prompt: str = "llava15",
-        image: str = "pad",
+        prompt: str | None = None,
+        image: str | None = None,
         batch_size: int = 1,
         max_new_tokens: int = 128,
         batch_tokens: int = 2**15,
@@ -70,16 +72,16 @@ class Generator:
             raise UserError(f"batch_size={batch_size} is not valid: give a count >= 1")
         check_choices(prompt, image)
         self.model, self.processor = model, processor
-        self.prompt, self.image = prompt, image
+        self.family = family_of(model.config)
+        self.prompt, self.image = recipe_of(model.config).choose(self.family.model_type, prompt, image)
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.batch_tokens = batch_tokens
-        self.family = family_of(model.config)
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self._prompting = copy.deepcopy(processor)
-        """For prompts, which are made by another thread than answers are read in."""
+        # A processor of its own: prompts are made by another thread than answers are read in.
+        self.encoder = Encoder(model.config, copy.deepcopy(processor))
 
     def answer(
         self, questions: Sequence[Question], method: Any, on_done: Callable[[int], None] = lambda count: None
@@ -131,16 +133,8 @@ class Generator:
         """
         answers: list[list[Answer | None]] = [[None] * len(questions) for _ in methods]
         failures: dict[int, Exception] = {}
-        text = self.model.config.get_text_config()
         geometry = self.family.geometry(self.model.config)
-        prompts = Prompts(
-            questions,
-            self._prompting,
-            self.prompt,
-            self.image,
-            geometry.image_tokens or 1,
-            getattr(text, "max_position_embeddings", None),
-        )
+        prompts = Prompts(questions, self.encoder, self.prompt, self.image)
         stages = [method.stages(geometry) for method in methods]
         remember = common_layers(stages, geometry.depth)
         order = sorted(range(len(methods)), key=lambda number: most_asked(stages[number]), reverse=True)
@@ -199,11 +193,10 @@ class Generator:
         arguments = self._generate_arguments(settings)
         device = self.model.device
         inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
-        pixels = None if batch.pixels is None else batch.pixels.to(device, self.model.dtype)
         with torch.inference_mode(), method(self.model) as trace:
-            shares = is_plain(self.model.generation_config, arguments) and can_share(self.model)
-            if pixels is not None:
-                inputs["pixel_values"] = pixels if shares else pixels[sharing.shown]
+            same = self.family.image_tokens(self.model.config) is not None  # else pictures are no rows of one tensor
+            shares = same and is_plain(self.model.generation_config, arguments) and can_share(self.model)
+            inputs.update(self._visual(batch, range(len(batch.pictures)) if shares else sharing.shown))
             if shares:
                 ends = _as_list(self.model.generation_config.eos_token_id)
                 with sharing_prompts(self.model, sharing):
@@ -221,6 +214,15 @@ class Generator:
             text = _cut(text, [stops] if isinstance(stops, str) else stops)
             answers.append(Answer(text, tokens, _own_share(samples[i * beams], tokens), ended))
         return answers
+
+    def _visual(self, batch: Batch, shown: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Visual inputs of a batch, with some of its pictures, on the model's device and in its dtype."""
+        inputs = self.encoder.joined([batch.pictures[number] for number in shown], batch.input_ids)
+        dtype, device = self.model.dtype, self.model.device
+        return {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in inputs.items()
+        }
 
     def _length(self, ids: torch.Tensor) -> tuple[int, bool]:
         """Tokens up to and including the first end-of-sequence token, or all; and whether there is one."""

@@ -34,6 +34,7 @@ class Pictures:
         self._kept: OrderedDict[str, Image.Image] = OrderedDict()
         self._lock = Lock()
         self._keys: list[tuple[str, ...]] = []
+        self._sizes: dict[str, tuple[int, int]] = {}
 
     def keys(self) -> list[tuple[str, ...]]:
         """Per question: the content of its pictures, as hashes."""
@@ -43,6 +44,10 @@ class Pictures:
             with ThreadPoolExecutor(self._workers) as pool:
                 self._keys = [first, *pool.map(self._look, range(1, self._count))]
         return self._keys
+
+    def sizes(self, keys: Sequence[str]) -> list[tuple[int, int]]:
+        """(width, height) of pictures, by their content."""
+        return [self._sizes[key] for key in keys]
 
     def of(self, index: int) -> list[Image.Image]:
         """A question's pictures."""
@@ -58,7 +63,7 @@ class Pictures:
         keys = tuple(_digest(picture) for picture in pictures)
         with self._lock:
             for key, picture in zip(keys, pictures, strict=True):
-                self._kept[key] = picture
+                self._kept[key], self._sizes[key] = picture, picture.size
                 self._kept.move_to_end(key)
             while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > self._most_bytes:
                 self._kept.popitem(last=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from corematching.answering.batches import Asked, plan
 from corematching.answering.conversation import prepare_images, render
+from corematching.answering.encoding import Encoded, Encoder
 from corematching.answering.pictures import Pictures
 from corematching.errors import UserError
 
@@ -44,10 +45,10 @@ class Batch:
     input_ids: Tensor
     """[B, n], left-padded."""
     attention_mask: Tensor
-    pixels: Tensor | None
-    """[N, 3, h, w]: every different picture once."""
+    pictures: list[Encoded]
+    """Every different picture once."""
     images: list[list[int]]
-    """Per question: its pictures, as rows of ``pixels``."""
+    """Per question: its pictures, as indices into ``pictures``."""
 
     def rows(self, rows: Sequence[int]) -> Batch:
         """Some of the questions."""
@@ -59,7 +60,7 @@ class Batch:
             [self.questions[row] for row in rows],
             self.input_ids[chosen],
             self.attention_mask[chosen],
-            None if self.pixels is None or not shown else self.pixels[shown],
+            [self.pictures[image] for image in shown],
             [[place[image] for image in self.images[row]] for row in rows],
         )
 
@@ -76,29 +77,17 @@ class Prompts:
     ----------
     questions
         What is asked.
-    processor
-        Of the model; its tokenizer pads on the left. Used by a thread of its own while batches are made, and a
-        tokenizer must not be used by two threads at once: nobody else may use this one meanwhile.
+    encoder
+        Of the model; its processor's tokenizer pads on the left. It is used by a thread of its own while batches are
+        made, and a tokenizer must not be used by two threads at once: nobody else may use this one meanwhile.
     prompt, image
         See :mod:`corematching.answering.conversation`.
-    image_tokens
-        Visual tokens of a picture, for planning.
-    most_context
-        Tokens a prompt may have; None if the model sets no bound.
     """
 
-    def __init__(
-        self,
-        questions: Sequence[Question],
-        processor: Any,
-        prompt: str,
-        image: str,
-        image_tokens: int,
-        most_context: int | None,
-    ) -> None:
-        self.questions, self.processor = questions, processor
+    def __init__(self, questions: Sequence[Question], encoder: Encoder, prompt: str, image: str) -> None:
+        self.questions, self.encoder, self.processor = questions, encoder, encoder.processor
         self.prompt, self.image = prompt, image
-        self.image_tokens, self.most_context = image_tokens, most_context
+        self.most_context = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
         self.pictures = Pictures(self._prepare, len(questions))
 
     def batches(self, most_rows: Callable[[], int], most_tokens: int) -> Iterator[Batch]:
@@ -123,51 +112,48 @@ class Prompts:
     def _prepare(self, index: int) -> list[Image.Image]:
         question = self.questions[index]
         try:
-            return prepare_images(question.images(), self.image, self.processor)
+            return prepare_images(question.images(), self.image, self.processor, self.encoder.recipe)
         except UserError as error:
             raise UserError(f"{question.where}: {error}") from error
 
     def _asked(self) -> list[Asked]:
         keys = self.pictures.keys()
         pairs = list(zip(self.questions, keys, strict=True))
-        texts = [render(self.processor, question.text, len(own), self.prompt) for question, own in pairs]
+        texts = [self._rendered(question, len(own)) for question, own in pairs]
         lengths = [len(ids) for ids in self.processor.tokenizer(texts).input_ids] if texts else []
         return [
-            Asked(repr(sorted(question.settings.items())), own, length + len(own) * (self.image_tokens - 1))
+            Asked(repr(sorted(question.settings.items())), own, length + self.encoder.tokens(self.pictures.sizes(own)))
             for (question, own), length in zip(pairs, lengths, strict=True)
         ]
 
+    def _rendered(self, question: Question, images: int) -> str:
+        return render(self.processor, question.text, images, self.prompt, self.encoder.recipe.system)
+
     def _batch(self, indices: list[int]) -> Batch:
         numbers: dict[str, int] = {}
-        pixels: list[Tensor] = []
-        expanded: list[str] = []
+        pictures: list[Encoded] = []
         texts, images = [], []
         for index in indices:
             keys = self.pictures.keys()[index]
             if any(key not in numbers for key in keys):
                 for key, picture in zip(keys, self.pictures.of(index), strict=True):
                     if key not in numbers:
-                        numbers[key] = len(pixels)
-                        values, token = self._encoded(picture)
-                        pixels.append(values)
-                        expanded.append(token)
+                        numbers[key] = len(pictures)
+                        pictures.append(self._encoded(index, picture))
             images.append([numbers[key] for key in keys])
-            text = render(self.processor, self.questions[index].text, len(keys), self.prompt)
-            start, *rest = text.split(self.processor.image_token)
-            tokens = (expanded[number] for number in images[-1])
-            texts.append(start + "".join(token + after for token, after in zip(tokens, rest, strict=True)))
+            start, *rest = self._rendered(self.questions[index], len(keys)).split(self.processor.image_token)
+            shown = (pictures[number].text for number in images[-1])
+            texts.append(start + "".join(own + after for own, after in zip(shown, rest, strict=True)))
         encoded = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
         questions = [self.questions[index] for index in indices]
         self._check_context(questions, encoded["attention_mask"].sum(1).tolist())
-        stacked = torch.cat(pixels) if pixels else None
-        return Batch(list(indices), questions, encoded["input_ids"], encoded["attention_mask"], stacked, images)
+        return Batch(list(indices), questions, encoded["input_ids"], encoded["attention_mask"], pictures, images)
 
-    def _encoded(self, picture: Image.Image) -> tuple[Tensor, str]:
-        """A picture's pixels [1, 3, h, w], and what stands for it in a prompt."""
-        token = self.processor.image_token
-        alone = self.processor(text=token, images=[picture], return_tensors="pt")
-        own = self.processor.tokenizer.convert_tokens_to_ids(token)
-        return alone["pixel_values"], token * int((alone["input_ids"] == own).sum())
+    def _encoded(self, index: int, picture: Image.Image) -> Encoded:
+        try:
+            return self.encoder.picture(picture)
+        except UserError as error:
+            raise UserError(f"{self.questions[index].where}: {error}") from error
 
     def _check_context(self, questions: Sequence[Question], lengths: list[int]) -> None:
         for question, length in zip(questions, lengths, strict=True):

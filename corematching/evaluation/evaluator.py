@@ -8,6 +8,7 @@ import transformers
 
 import corematching as cm
 from corematching.answering.generator import Answer, Generator
+from corematching.answering.recipes import recipe_of
 from corematching.benchmarks.judge import Judge, judge_values, load_judge
 from corematching.benchmarks.spec import ROW
 from corematching.engine.preflight import check_methods
@@ -46,12 +47,16 @@ class Evaluator:
         UserError
             For the first that does not fit or is not there.
         """
-        chosen = self.experiment.settings["model"]
+        settings = self.experiment.settings
+        chosen = settings["model"]
         methods = dict.fromkeys(build(cell) for cell in cells)
         config = load_config(chosen["path"], chosen["weights"], chosen["num_layers"], chosen["revision"])
+        recipe_of(config).choose(
+            config.model_type, self.experiment.settings["prompt"], self.experiment.settings["image"]
+        )
         check_methods(methods, config, model_path(chosen["path"]))
         if any(benchmark.needs_judge for benchmark in self.experiment.benchmarks):
-            judge_values(**self.experiment.settings["judge"])
+            judge_values(**settings["judge"])
 
     def prepare(self) -> None:
         """Load the model now, so that a checkpoint that is no good ends the run instead of failing every cell.

@@ -18,8 +18,10 @@ import corematching as cm
 from corematching.answering.conversation import check_choices
 from corematching.answering.generator import Answer, Generator
 from corematching.answering.prompts import Question
+from corematching.answering.recipes import recipe_of
 from corematching.errors import UserError
 from corematching.evaluation.sheet import Ask, Shared, Sheet
+from corematching.models.loading import load_config
 from corematching.registry import PER_IMAGE, method_defaults
 
 
@@ -39,9 +41,9 @@ class CoreMatchingLMM(lmms):
     device, dtype, weights, num_layers
         As in `corematching.load_model`.
     prompt
-        ``llava15`` or ``lmms_eval``: the conversation around the task's text.
+        ``llava15`` or ``lmms_eval``: the conversation around the task's text; by default the one of the model's family.
     image
-        ``pad`` (to a square, as LLaVA-1.5 was trained) or ``processor``.
+        ``pad`` (to a square, as LLaVA-1.5 was trained) or ``processor``; by default likewise.
     max_new_tokens
         Limit for tasks that state none.
     max_batch_size
@@ -64,8 +66,8 @@ class CoreMatchingLMM(lmms):
         dtype: str | None = None,
         weights: str = "pretrained",
         num_layers: int | None = None,
-        prompt: str = "llava15",
-        image: str = "pad",
+        prompt: str | None = None,
+        image: str | None = None,
         max_new_tokens: int = 128,
         max_batch_size: int | None = None,
         **parameters: Any,
@@ -74,6 +76,8 @@ class CoreMatchingLMM(lmms):
         size, most = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
         check_choices(prompt, image)
         chosen = cm.build_method(method, **parameters)
+        config = load_config(pretrained, weights, num_layers)
+        recipe_of(config).choose(config.model_type, prompt, image)
         model, processor = cm.load_model(pretrained, weights=weights, dtype=dtype, device=device, num_layers=num_layers)
         generator = Generator(model, processor, prompt, image, size, most)
         self._set_up(generator, chosen, f"{pretrained}, {weights}, {num_layers}")
@@ -132,7 +136,9 @@ class CoreMatchingLMM(lmms):
         return [answer.text for answer in answers]
 
     def _images(self, doc_to_visual: Callable, task: str, split: str, doc_id: int) -> Callable[[], list]:
-        return lambda: [picture for picture in doc_to_visual(self.task_dict[task][split][doc_id]) or () if picture]
+        return lambda: [
+            picture for picture in doc_to_visual(self.task_dict[task][split][doc_id]) or () if picture is not None
+        ]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Not offered: the ten benchmarks generate."""
