@@ -61,6 +61,9 @@ ROWS: dict[str, dict[str, Any]] = {
 ROWS["mmbench_cn"] = ROWS["mmbench"] | {"hint": None, "question": "哪一个是正确的?"}
 ROWS["vqav2_test"] = ROWS["vqav2"]
 ROWS["textvqa_no_ocr"] = ROWS["textvqa"]
+ROWS |= {name: {"question": "Describe all objects."} for name in ("describe_all", "count_steps", "many_images")}
+ROWS["coco_chair"] = {"question_id": "42"}
+ROWS["muirbench"] = {"question": "Which image shows a red circle?", "options": ["Image 1", "Image 2"]}
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,7 @@ def sometimes_right(doc: dict[str, Any]) -> str:
 def test_prompts_equal_their_snapshots(harness, source, name: str) -> None:
     benchmark = load_benchmark(name)
     shown = []
+    harness.patch.setattr(harness.tasks, "_check_nltk", lambda: None)
     for mode in benchmark.prompts:
         task = harness.tasks.build_tasks(benchmark, source, mode, limit=2)[0]
         shown.append(f"=== {mode}\n{task.doc_to_text(dict(ROWS[name]))}\n")

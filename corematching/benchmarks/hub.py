@@ -77,7 +77,15 @@ class Plan:
 
 
 def dataset_repo(benchmark: Benchmark, revision: str | None = None) -> Repo:
-    """The dataset files that a benchmark reads."""
+    """The dataset files that a benchmark reads.
+
+    Raises
+    ------
+    UserError
+        If the benchmark exists in the mini suite alone.
+    """
+    if benchmark.bundled:
+        raise UserError(f"benchmark {benchmark.name} is part of the mini suite alone: run it with data=mini")
     patterns = [part.files for part in benchmark.parts]
     if benchmark.images is not None:
         patterns.append(benchmark.images.files)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from corematching.benchmarks.content import Content
 from corematching.benchmarks.spec import MME_COGNITION, ROW, Benchmark, unit_name
 from corematching.errors import UserError
 
@@ -88,7 +89,7 @@ def score(benchmark: Benchmark, results: Mapping[str, Any]) -> Score:
         status="not_scored" if value is None else "scored",
         note=_note(benchmark, table, value),
         metrics=metrics,
-        samples=table.drop(columns=["judge", "reason"], errors="ignore"),
+        samples=table.drop(columns=["judge", "reason", "precision", "recall", "count"], errors="ignore"),
     )
 
 
@@ -166,8 +167,17 @@ def _submission(samples: pd.DataFrame) -> tuple[None, dict[str, float]]:
     return None, {}
 
 
+def _content(samples: pd.DataFrame) -> tuple[float, dict[str, float]]:
+    """Mean over the answers of the harmonic mean of precision and recall; both, and what else is known, apart."""
+    known = [name for name in ("precision", "recall", "count") if name in samples]
+    return 100.0 * float(samples["score"].mean()), {name: 100.0 * float(samples[name].mean()) for name in known}
+
+
 _RECIPES: dict[str, Callable[[pd.DataFrame], tuple[float | None, dict[str, float]]]] = {
+    "chair": _content,
+    "content": _content,
     "exact_match": _mean,
+    "letter": _by_part,
     "mmbench": _mmbench,
     "mme": _mme,
     "mmvet": _mmvet,
@@ -185,7 +195,7 @@ def _sample_row(benchmark: Benchmark, split: str, sample: Mapping[str, Any]) -> 
         "part": str(doc[benchmark.category]) if benchmark.category else (split if len(benchmark.parts) > 1 else ""),
         "unit": unit_name(benchmark, doc),
         "question_id": str(doc.get("question_id", doc[ROW])),
-        "question": doc["question"],
+        "question": doc.get("question", ""),
         "prompt": sample["arguments"][0],
         "prediction": str(sample["filtered_resps"][0]),
         "target": str(sample["target"]),
@@ -196,6 +206,17 @@ def _sample_row(benchmark: Benchmark, split: str, sample: Mapping[str, Any]) -> 
             row["score"] = float(sample["exact_match"])
             if "answers" in doc:
                 row["target"] = _majority(doc["answers"])
+        case "content":
+            record = dict(sample["content"])
+            row |= {"score": record.pop("f1"), **record}
+        case "chair":
+            record = sample["coco_cap_chair_i"]
+            found = Content.of(sorted(set(record["pred"])), sorted(set(record["answer"])))
+            row |= {"score": found.f1, "precision": found.precision, "recall": found.recall}
+            row["target"] = "; ".join(record["answer"])
+        case "letter":
+            record = sample["muirbench_score_overall"]
+            row["score"] = float(record["pred"].strip().lower() == record["answer"].strip().lower())
         case "scienceqa":
             row["score"] = max(float(sample["exact_match"]), said_in_a_sentence(row["prediction"], row["target"]))
         case "submission":

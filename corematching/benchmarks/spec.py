@@ -22,7 +22,19 @@ BENCHMARKS = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "
 ROW = "_row"
 
 COLUMN_TYPES = ("any", "image", "images", "int", "records", "text", "texts")
-METRIC_KINDS = ("exact_match", "mmbench", "mme", "mmvet", "pope", "scienceqa", "seedbench", "submission")
+METRIC_KINDS = (
+    "chair",
+    "content",
+    "exact_match",
+    "letter",
+    "mmbench",
+    "mme",
+    "mmvet",
+    "pope",
+    "scienceqa",
+    "seedbench",
+    "submission",
+)
 #: MME's four cognition subtasks; the papers quote the sum over the other ten.
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
@@ -58,7 +70,8 @@ class Column:
 class Part:
     """One lmms-eval task of a benchmark (POPE has three, the others one).
 
-    `tasks_dir` is the folder of lmms-eval that holds the task, `files` a glob relative to the dataset repository.
+    `tasks_dir` is the folder of lmms-eval that holds the task ("bundled": it is one of
+    `corematching.benchmarks.content`), `files` a glob relative to the dataset repository.
     """
 
     task: str
@@ -141,6 +154,11 @@ class Benchmark:
     def folder(self) -> str:
         """Name of the dataset repository without its owner, e.g. ``"POPE"``."""
         return self.repo.split("/")[-1]
+
+    @property
+    def bundled(self) -> bool:
+        """Whether it exists in the mini suite alone."""
+        return self.repo.startswith("mini/")
 
     def prompt(self, name: str) -> Prompt:
         """Return the prompt variant `name`; raises `UserError` naming the valid ones."""

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import pandas as pd
 
-from corematching.benchmarks import lmms, prompts
+from corematching.benchmarks import content, lmms, prompts
 from corematching.benchmarks.data import DataSource
 from corematching.benchmarks.judge import Grade, Judge, mmvet_prompt
 from corematching.benchmarks.rows import CheckedDataset, load_images, load_rows
@@ -117,7 +117,9 @@ def _share(limit: int | None, index: int, parts: int) -> int | None:
 
 
 def stock_config(part: Part) -> dict[str, Any]:
-    """The configuration of lmms-eval's own task, with its functions loaded."""
+    """The configuration of lmms-eval's own task (or of a bundled one), with its functions loaded."""
+    if part.tasks_dir == content.TASKS_DIR:
+        return content.task_config(part.task)
     with _no_stock_judge():
         return dict(_manager(part.tasks_dir)._get_config(part.task))
 
@@ -153,11 +155,27 @@ def _config(
     if max_new_tokens is not None:
         generation["max_new_tokens"] = min(max_new_tokens, generation.get("max_new_tokens", max_new_tokens))
     config["generation_kwargs"] = generation
+    if benchmark.metric.kind == "chair":
+        _check_nltk()
     if benchmark.metric.kind == "mmbench":
         _score_by_rules(config)
     if benchmark.metric.kind == "mmvet":
         _score_by_judge(config, judge)
     return config
+
+
+def _check_nltk() -> None:
+    """Refuse before a run what CHAIR's scoring would stumble over behind it: NLTK's data are no part of the package."""
+    import nltk
+
+    try:
+        for name in ("tokenizers/punkt_tab", "taggers/averaged_perceptron_tagger_eng", "corpora/wordnet.zip"):
+            nltk.data.find(name)
+    except LookupError:
+        raise UserError(
+            "coco_chair needs NLTK's data to read answers: "
+            "run python -m nltk.downloader punkt_tab averaged_perceptron_tagger_eng wordnet"
+        ) from None
 
 
 def _image_lookup(benchmark: Benchmark, table: ImageTable, root: Path, rows: CheckedDataset) -> Callable[[dict], list]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from corematching.methods.base import Guide, Method, VisionBlocks, VisionOutput
+from corematching.methods.base import Guide, Method, VisionBlocks, VisionDrop, VisionOutput
 from corematching.models.families import family_of
 
 
@@ -27,6 +27,8 @@ def refusal(config: Any, method: Method) -> str | None:
     kinds = {type(stage) for stage in method.stages(family.geometry(config))}
     if VisionBlocks in kinds:
         return "it merges patches inside the vision tower, and tokens are no single patches there"
+    if VisionDrop in kinds:
+        return "its patches leave between blocks of a CLIP tower, and this family runs its tower by itself"
     if VisionOutput in kinds:
         return "it chooses at the vision tower's output, which this family packs before the decoder"
     if Guide in kinds:

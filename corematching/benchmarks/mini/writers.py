@@ -19,6 +19,7 @@ from PIL import Image
 from corematching.benchmarks.data import cache_home
 from corematching.benchmarks.mini.drawing import render
 from corematching.benchmarks.mini.files import MANIFEST, Files, Row, intact, publish
+from corematching.benchmarks.mini.long import LONG_WRITERS
 from corematching.benchmarks.mini.questions import MME_SUBTASKS, Question, questions_for
 from corematching.benchmarks.mini.scenes import Scene, make_scene
 from corematching.errors import UserError
@@ -26,6 +27,8 @@ from corematching.errors import UserError
 VERSION = 2
 """Of the suite: 1 had grey backgrounds, three to six objects of two to four patches and no distractors."""
 _SCENES_PER_SEED = 1_000_000
+_LONG_BLOCK = 1_000_000
+"""Blocks of scenes from here on belong to the datasets beyond the ten."""
 _LETTERS = "ABCD"
 _VIDEO_FRAMES = 3
 _IDLE = 5
@@ -38,7 +41,7 @@ def ensure_mini(folder: str, n: int, seed: int, per_image: int | None = None) ->
     Parameters
     ----------
     folder
-        Dataset repository without owner, a key of `WRITERS`.
+        Dataset repository without owner, a key of `WRITERS` or `LONG_WRITERS`.
     n
         Questions per benchmark.
     seed
@@ -90,15 +93,19 @@ def write_mini(
     seed
         Equal seeds give equal rows and pixels.
     folders
-        Keys of `WRITERS`; None writes all.
+        Keys of `WRITERS` and `LONG_WRITERS`; None writes the former.
     per_image
         Questions about each image, instead of the one to three that a dataset has here (GQA asks some thirty). Images
         that allow fewer different questions get fewer; POPE, MME and the rotations of MMBench keep theirs.
     """
     for folder in WRITERS if folders is None else folders:
-        if folder not in WRITERS:
-            raise UserError(f"the mini suite has no dataset {folder!r}; it has {', '.join(WRITERS)}")
-        publish(root / folder, WRITERS[folder](_Source(folder, seed, per_image), n))
+        if folder not in (*WRITERS, *LONG_WRITERS):
+            raise UserError(f"the mini suite has no dataset {folder!r}; it has {', '.join((*WRITERS, *LONG_WRITERS))}")
+        source = _Source(folder, seed, per_image)
+        if folder in LONG_WRITERS:
+            publish(root / folder, LONG_WRITERS[folder](source.only_scene, source.rng, n))
+        else:
+            publish(root / folder, WRITERS[folder](source, n))
 
 
 @functools.cache
@@ -113,7 +120,10 @@ class _Source:
 
     def __init__(self, folder: str, seed: int, per_image: int | None = None) -> None:
         self.per_image = per_image
-        block = seed * len(WRITERS) + list(WRITERS).index(folder)
+        if folder in LONG_WRITERS:
+            block = _LONG_BLOCK + seed * len(LONG_WRITERS) + list(LONG_WRITERS).index(folder)
+        else:
+            block = seed * len(WRITERS) + list(WRITERS).index(folder)
         self._numbers = itertools.count(block * _SCENES_PER_SEED)
         self.rng = random.Random(f"{folder} {seed}")
 
@@ -121,6 +131,10 @@ class _Source:
         """The next scene and its number within the dataset."""
         number = next(self._numbers)
         return number % _SCENES_PER_SEED, make_scene(number, "test")
+
+    def only_scene(self) -> Scene:
+        """The next scene."""
+        return self.scene()[1]
 
     def ask(self, benchmark: str, n: int, per_scene: int) -> Iterator[tuple[int, Image.Image, Question]]:
         """`n` questions with scene number and picture, at most `per_scene` (or what was asked for) for each scene."""
