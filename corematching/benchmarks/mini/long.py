@@ -44,8 +44,10 @@ def count(scenes: Scenes, rng: random.Random, n: int) -> Files:
 
     def rows() -> Iterator[tuple[str, str, list[Scene]]]:
         for _ in range(n):
-            scene, category = scenes(), rng.choice(list(_PLURALS))
-            items = of_category(scene, category)
+            category, items = rng.choice(list(_PLURALS)), []
+            while not items:
+                scene = scenes()
+                items = of_category(scene, category)
             question = (
                 f"How many {_PLURALS[category]} are in the image? Name them one by one with their color, "
                 "then say the number."
