@@ -85,7 +85,7 @@ def _sample_flops(config: Any, sample: SampleTrace) -> Flops:
     )
     ran = sample.prefills > 0  # a copied KV cache goes on without its prompt
     return Flops(
-        vision=_vision_flops(config, sample) if ran else 0.0,
+        vision=vision_flops(config, sample) if ran else 0.0,
         projector=_projector_flops(config, sample.projected_tokens) if ran else 0.0,
         prefill=prefill * sample.prefills,
         decode=decode_flops(config, sample, sample.decode_steps, sample.decode_reach),
@@ -123,6 +123,11 @@ def decode_flops(config: Any, sample: SampleTrace, steps: int, reach: int | None
     return total
 
 
+def layer_flops(config: Any, queries: float, keys: float) -> float:
+    """FLOPs of a decoder layer, whose FFN runs whole, over ``queries`` tokens that attend to ``keys`` rows."""
+    return _layer_flops(config.text_config, queries, keys, config.text_config.intermediate_size)
+
+
 def _layer_flops(text: Any, queries: float, keys: float, ffn_width: float) -> float:
     """One decoder layer: ``queries`` tokens attending to ``keys`` rows, ``ffn_width`` neurons in a gated FFN."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -130,7 +135,8 @@ def _layer_flops(text: Any, queries: float, keys: float, ffn_width: float) -> fl
     return decoder_layer_flops(text.hidden_size, q_width, kv_width, queries, keys, ffn_width)
 
 
-def _vision_flops(config: Any, sample: SampleTrace) -> float:
+def vision_flops(config: Any, sample: SampleTrace) -> float:
+    """FLOPs of the vision tower, patch embedding included."""
     vision = config.vision_config
     rows, columns = family_of(config).grid(config)
     width = vision.hidden_size
