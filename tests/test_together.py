@@ -115,6 +115,19 @@ def test_an_interrupt_while_answering_together_leaves_no_claim(run, monkeypatch,
     assert run("results")[0] == 0
 
 
+@pytest.mark.slow
+def test_workers_without_a_cell_share_its_questions(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    apart = ("methods=[fastv]", "controls=false")
+    _, alone, alone_rows = run("alone", *apart)
+    status, records, rows = run("shards", *apart, "executor=processes", "executor.workers=3")
+    assert status == 0
+    assert records["fastv"]["trace"] == alone["fastv"]["trace"]
+    assert records["fastv"]["score"] == alone["fastv"]["score"]
+    assert rows["fastv"].equals(alone_rows["fastv"])
+    assert not list((tmp_path / "shards/quickstart/shards").iterdir())
+
+
 class _Counting:
     """Stands in for a generator: answers with the method's name and a counter."""
 

@@ -10,8 +10,11 @@ from corematching.evaluation.cells import Cell, canonical_json
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
 from corematching.evaluation.records import describe, new_record
+from corematching.evaluation.shards import Board
 from corematching.results.store import Store
 
+SHARDS_PER_PEER = 2
+"""More than one: who is done first takes more. Not many more: pictures and prompts are shared within a shard only."""
 OnRecord = Callable[[Cell, dict[str, Any]], None]
 
 
@@ -32,8 +35,14 @@ def attempt(
     store: Store,
     reporter: Reporter,
     on_record: OnRecord = lambda cell, record: None,
+    peers: int = 1,
 ) -> list[Cell]:
     """Compute cells that can be answered together and store each as soon as it is scored, failures included.
+
+    Parameters
+    ----------
+    peers
+        Processes at work on this store: with several, those without cells are offered shards of the questions.
 
     Returns
     -------
@@ -53,7 +62,10 @@ def attempt(
                 on_record(cell, record)
             else:
                 held[cell] = own
-        evaluator.company = tuple(held)
+        evaluator.company, evaluator.shards = tuple(held), None
+        if held and peers > 1:
+            ids = [cell.id for cell in held]
+            evaluator.shards = claims.enter_context(Board(store.root).offering(ids, SHARDS_PER_PEER * peers))
         for cell, own in held.items():
             reporter.start(cell, held)
             record, samples = _compute(cell, experiment, evaluator, reporter)

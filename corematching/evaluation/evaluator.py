@@ -8,6 +8,7 @@ import transformers
 
 import corematching as cm
 from corematching.answering.generator import Answer, Generator
+from corematching.answering.prompts import Question
 from corematching.answering.recipes import recipe_of
 from corematching.benchmarks.judge import Judge, judge_values, load_judge
 from corematching.benchmarks.spec import ROW
@@ -15,9 +16,17 @@ from corematching.engine.preflight import check_methods
 from corematching.errors import UserError
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
+from corematching.evaluation.shards import OnDone, Shards
 from corematching.evaluation.sheet import Sheet
 from corematching.evaluation.trace_summary import check_acted, summarise
 from corematching.models.loading import load_config, model_path
+
+
+class _Helped(Exception):
+    """Ends lmms-eval's evaluation where all there was to do is done."""
+
+    def __init__(self, shards: int):
+        self.shards = shards
 
 
 class Evaluator:
@@ -31,6 +40,8 @@ class Evaluator:
         self.experiment = experiment
         self.company: tuple[Cell, ...] = ()
         """Cells that are going to be evaluated one after the other and ask the same questions; set by whoever asks."""
+        self.shards: Shards | None = None
+        """Where others help with the questions of these cells, if they do; set likewise."""
         self._sheet: tuple[tuple[Cell, ...], Sheet | None] = ((), None)
         self._generator: Generator | None = None
         self._tasks: tuple[str, Any] = ("", None)
@@ -147,9 +158,28 @@ class Evaluator:
         }
         return record, with_traces(scored.samples, results, model.answers)
 
+    def help(self, company: Sequence[Cell], shards: Shards) -> int:
+        """Answer questions of cells that another process holds and scores; returns how many shards."""
+        from corematching.evaluation import harness
+        from corematching.evaluation.lmms_model import CoreMatchingLMM
+
+        methods, config = [build(cell) for cell in company], company[0].config
+
+        def ask(questions: Sequence[Question], on_done: OnDone) -> Any:
+            raise _Helped(shards.help(self.generator.answer_together, questions, methods))
+
+        model = CoreMatchingLMM.wrap(self.generator, methods[0], "", ask)
+        try:
+            harness.evaluate(model, self._tasks_of(config["benchmark"]["name"]), config["seed"])
+        except _Helped as helped:
+            return helped.shards
+        return 0
+
     def _sheet_of(self, company: tuple[Cell, ...]) -> Sheet:
         if self._sheet[0] != company or self._sheet[1] is None:
-            self._sheet = company, Sheet(self.generator, [build(cell) for cell in company])
+            answer = self.generator.answer_together
+            lead = self.shards.lead(answer) if self.shards and company == self.company else None
+            self._sheet = company, Sheet(self.generator, [build(cell) for cell in company], lead)
         return self._sheet[1]  # type: ignore[return-value]
 
     def _tasks_of(self, name: str) -> Any:

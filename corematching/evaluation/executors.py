@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from corematching.errors import UserError
 from corematching.evaluation import asks, machine
@@ -19,6 +20,7 @@ from corematching.evaluation.attempt import OnRecord, attempt, companies, finish
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
+from corematching.evaluation.shards import Board, Shards
 from corematching.results.store import Store
 from corematching.texts import neutral
 
@@ -29,21 +31,33 @@ _GRACE_SECONDS = 20.0
 def run_locally(
     experiment: Experiment, pending: Sequence[Cell], store: Store, reporter: Reporter, on_record: OnRecord
 ) -> None:
-    """All cells in this process; cells that another process holds are waited for at the end."""
+    """All cells in this process; cells that another process holds are waited for at the end, or helped with."""
     from corematching.evaluation.evaluator import Evaluator  # torch and transformers, seconds to import
 
     evaluator = Evaluator(experiment)
     evaluator.prepare()
+    peers = experiment.settings["executor"]["peers"]
     waiting = list(pending)
     while waiting:
         elsewhere: list[Cell] = []
         for company in companies(waiting, experiment.settings["together"]):
-            elsewhere += attempt(company, experiment, evaluator, store, reporter, on_record)
+            elsewhere += attempt(company, experiment, evaluator, store, reporter, on_record, peers)
         if elsewhere and len(elsewhere) == len(waiting):
-            time.sleep(_POLL_SECONDS)
+            if peers == 1 or not help_others(experiment, evaluator, store):
+                time.sleep(_POLL_SECONDS)
         elif elsewhere:
             reporter.say(f"waiting for {len(elsewhere)} cells that another process is computing")
         waiting = elsewhere
+
+
+def help_others(experiment: Experiment, evaluator: Any, store: Store) -> int:
+    """Answer questions of cells that other processes hold; returns how many shards there were to answer."""
+    known = {cell.id: cell for cell in experiment.cells}
+    return sum(
+        evaluator.help([known[cell] for cell in offer.cells], Shards(offer))
+        for offer in Board(store.root).offers()
+        if known.keys() >= set(offer.cells)
+    )
 
 
 def run_in_processes(
@@ -58,7 +72,9 @@ def run_in_processes(
     UserError
         What a worker had to say if all of them refused to start.
     """
-    count = worker_count(experiment.settings["executor"]["workers"], len(pending))
+    wanted = experiment.settings["executor"]["workers"]
+    # With fewer cells than GPUs (or than asked for), workers share the questions of the cells there are.
+    count = worker_count(wanted, max(len(pending), machine.gpu_count(), wanted or 1))
     folder = store.root / "workers"
     logs = [folder / f"{number}.log" for number in range(count)]
     workers: list[subprocess.Popen] = []
@@ -130,7 +146,13 @@ def worker_count(wanted: int | None, cells: int) -> int:
 
 
 def fair_company(experiment: Experiment, workers: int) -> int:
-    """Most cells that one of several workers takes at once, so that there are some for each of the others."""
+    """Most cells that one of several workers takes at once.
+
+    So many that there are some for each of the others; as many as ever where there are fewer cells than workers, which
+    then share the questions.
+    """
+    if len(experiment.cells) < workers:
+        return experiment.settings["together"]
     of_benchmark = Counter(cell.label["benchmark"] for cell in experiment.cells)
     return min(experiment.settings["together"], math.ceil(max(of_benchmark.values()) / workers))
 
@@ -144,7 +166,8 @@ def _start_worker(number: int, count: int, log: Path, experiment: Experiment) ->
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     own = ("executor", "tracking", "report", "force", "together")
     words = [word for word in experiment.settings["command"] if asks.key_of(word) not in own]
-    words += ["executor=local", "tracking=none", "report=false", f"together={fair_company(experiment, count)}"]
+    words += ["executor=local", f"executor.peers={count}", f"together={fair_company(experiment, count)}"]
+    words += ["tracking=none", "report=false"]
     words += [f"force={experiment.since:.0f}"] if experiment.since else []  # recomputed once, by whoever comes first
     with log.open("wb") as file:
         return subprocess.Popen(

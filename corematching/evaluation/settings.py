@@ -189,6 +189,7 @@ class Local(Part):
     """``executor=local``."""
 
     name: Literal["local"]
+    peers: Annotated[int, Field(ge=1, le=1024), Worded("a count of at least 1")]
 
 
 class Processes(Part):

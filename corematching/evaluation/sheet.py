@@ -17,8 +17,7 @@ from typing import Any
 from corematching.answering.generator import Answer, Generator
 from corematching.answering.prompts import Question
 from corematching.cost.flops import flops
-
-OnDone = Callable[[int], None]
+from corematching.evaluation.shards import OnDone, Together
 
 
 @dataclass
@@ -43,10 +42,14 @@ class Sheet:
         Answers.
     methods
         Of the cells.
+    together
+        What answers under all methods; the generator alone, unless others help (:mod:`corematching.evaluation.shards`).
     """
 
-    def __init__(self, generator: Generator, methods: Sequence[Any]):
+    def __init__(self, generator: Generator, methods: Sequence[Any], together: Together | None = None):
         self.generator, self.methods = generator, list(methods)
+        self._ask_together: Together = together or generator.answer_together
+        self._helped = together is not None
         self.seconds = 0.0
         """Spent on answers so far, whoever asked for them."""
         self._filled: dict[Any, dict[int, tuple[list[Answer], Shared]]] = {}
@@ -73,7 +76,9 @@ class Sheet:
 
     def _worth(self, questions: Sequence[Question]) -> bool:
         """Whether answers are the same in company: samples are drawn in the order of asking."""
-        return len(self.methods) > 1 and not any(question.settings.get("do_sample") for question in questions)
+        return (len(self.methods) > 1 or self._helped) and not any(
+            question.settings.get("do_sample") for question in questions
+        )
 
     def _alone(self, number: int, questions: Sequence[Question], on_done: OnDone) -> tuple[list[Answer], Shared]:
         with self._clock() as clock:
@@ -83,7 +88,7 @@ class Sheet:
     def _together(self, questions: Sequence[Question], on_done: OnDone) -> dict[int, tuple[list[Answer], Shared]]:
         try:
             with self._clock() as clock:
-                found = self.generator.answer_together(questions, self.methods, on_done)
+                found = self._ask_together(questions, self.methods, on_done)
         except Exception:  # of the questions, not of a method: every cell meets it again, as if run alone
             return {}
         answered = {number: own for number, own in enumerate(found) if not isinstance(own, Exception)}
