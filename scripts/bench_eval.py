@@ -24,7 +24,6 @@ import time
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,12 @@ from hydra import compose, initialize_config_module
 
 import corematching as cm
 from corematching import files
+from corematching.answering.encoding import Encoder
 from corematching.answering.generator import Generator
 from corematching.answering.prompts import Prompts, Question
 from corematching.benchmarks import load_benchmark, load_source
 from corematching.benchmarks.tasks import build_tasks
+from corematching.cli import settle
 from corematching.cost.flops import flops
 from corematching.cost.memory import peak_memory
 from corematching.cost.shared import least_flops
@@ -193,8 +194,7 @@ class Bench:
             for task in tasks
             for doc in task.eval_docs
         ]
-        geometry = family_of(self.model.config).geometry(self.model.config)
-        prompts = Prompts(asked, self.processor, "llava15", "pad", geometry.image_tokens, None)
+        prompts = Prompts(asked, Encoder(self.model.config, self.processor), "llava15", "pad")
         (batch,) = prompts.batches(lambda: len(asked), sys.maxsize)
         image_token = family_of(self.model.config).image_token_id(self.model.config)
         sharing = Sharing.of(batch.input_ids, batch.attention_mask, batch.images, image_token)
@@ -204,11 +204,9 @@ class Bench:
 
 def sweep_methods(model: str, count: int) -> list[Any]:
     """Methods of experiment ``gqa_sweep``, dense first, then evenly spaced over its lines."""
-    import_module("corematching.cli")  # knows what configurations ask of the machine
     with initialize_config_module("conf", version_base="1.3"):
         config = compose("config", ["experiment=gqa_sweep", f"model={model}", "data=mini"])
-    config.pop("method", None)
-    rows = method_rows(read_settings(config))
+    rows = method_rows(read_settings(settle(config, {}, [])))
     chosen = [rows[number * len(rows) // count] for number in range(min(count, len(rows)))]
     return [build_method(row.method, **row.parameters) for row in chosen]
 

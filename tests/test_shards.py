@@ -27,7 +27,7 @@ def questions(count=12, images=4):
 
 def answered(question, method):
     tokens = torch.arange(len(question.text), dtype=torch.int32)
-    trace = SampleTrace(9, 4, 1, [tokens], [9], [9], 1, 1, [None, tokens], "dense", 0, [5], [5], 4)
+    trace = SampleTrace(9, 4, 1, [tokens], [9], [9], 1, 1, [None, tokens], "dense", 0, [5], [5], [25], 4)
     return Answer(f"{method}: {question.text}", 2, trace)
 
 
