@@ -23,22 +23,24 @@ from corematching.benchmarks import Benchmark, Judge, load_benchmark, load_judge
 from corematching.benchmarks.judge import mmvet_prompt
 from corematching.benchmarks.scoring import value_from_samples
 from corematching.errors import UserError
+from corematching.results import remote
 from corematching.results.store import Store
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 1 if a cell is still not scored, 2 for wrong input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", type=Path, help="folder of one experiment's results")
+    parser.add_argument("experiment", help="folder of one experiment's results, or its URL")
     parser.add_argument("--judge", default="none", help="openai, local or none (default)")
     parser.add_argument("--submission", type=Path, metavar="FOLDER", help="write files for test servers here")
     args = parser.parse_args(argv)
     judge = None
     try:
-        if not (args.experiment / "cells").is_dir():
+        folder = remote.local(args.experiment)
+        if not (folder / "cells").is_dir():
             raise UserError(f"no results in {args.experiment}: it has no folder called cells")
         judge = load_judge(args.judge)
-        return _score_all(Store(args.experiment), judge, args.submission)
+        return _score_all(Store(folder), judge, args.submission)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

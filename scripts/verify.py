@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from corematching.errors import UserError
+from corematching.results import remote
 from corematching.results.verify import verify
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="+", type=Path, help="experiment folders, results/<experiment>")
+    parser.add_argument("experiments", nargs="+", help="experiment folders, results/<experiment>, or their URLs")
     wrong = False
     for folder in parser.parse_args(arguments).experiments:
         try:
-            intact, problems = verify(folder)
+            intact, problems = verify(remote.local(folder))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

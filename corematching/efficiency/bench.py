@@ -39,6 +39,7 @@ from corematching.evaluation.settings import read_settings
 from corematching.methods.base import Method
 from corematching.models.families import family_of
 from corematching.models.loading import load_config, model_path
+from corematching.results import remote
 from corematching.results.manifest import Manifest
 from corematching.results.store import Store
 from corematching.texts import neutral
@@ -67,7 +68,7 @@ def run(config: DictConfig) -> int:
     pending = [row for row in bench.rows if not bench.is_done(row)]
     print(
         f"{bench.folder.name}: {len(bench.rows)} methods on {settings['model']['name']}, {len(pending)} to measure"
-        f" -> {bench.folder}"
+        f" -> {remote.shown(bench.folder)}"
     )
     if pending:
         bench.prepare(pending)
@@ -234,6 +235,7 @@ class Bench:
         show_table(self.store, cells, list(filter(None, [small_note(self.settings, answers=False)])))
         if self.failed:
             print(f"{self.failed} methods failed; tracebacks are in {self.store.cells}/<id>/cell.json")
+        self.store.upload()
         return 1 if self.failed else 0
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from corematching import groups
 from corematching.errors import UserError
 from corematching.evaluation import machine
+from corematching.results import remote
 from corematching.results.manifest import read_manifest
 
 #: Settings that say how or where a table is made, not what it shows.
@@ -76,24 +77,25 @@ def ask_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder_of(settings: Mapping[str, Any]) -> Path:
-    """The folder of a composed configuration's results.
+    """The folder of a composed configuration's results; of a remote one its mirror, see `corematching.results.remote`.
 
     Raises
     ------
     UserError
         If ``name=`` was given and stands for something else already.
     """
-    base, name, ask = Path(settings["results_dir"]).expanduser(), settings["experiment"], ask_of(settings)
+    base, name, ask = settings["results_dir"].rstrip("/") or "/", settings["experiment"], ask_of(settings)
     words = settings["command"]
     candidates = [name, f"{name}-{named_from(words)}", f"{name}-{named_from(words)}-{_digest(words)}"]
     for candidate in candidates[:1] if settings.get("name") else candidates:
-        if _free_for(base / candidate, ask):
-            return base / candidate
+        folder = remote.local(f"{base}/{candidate}")
+        if _free_for(folder, ask):
+            return folder
     if settings.get("name"):
         raise UserError(
-            f"name={name} stands for another command in '{base / name}'; choose another name or results_dir"
+            f"name={name} stands for another command in '{base}/{name}'; choose another name or results_dir"
         )
-    return base / candidates[-1]
+    return folder
 
 
 def _free_for(folder: Path, ask: Mapping[str, Any]) -> bool:

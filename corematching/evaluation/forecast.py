@@ -22,6 +22,7 @@ from corematching.evaluation import machine, provenance
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.matching import dropping_layer
+from corematching.results.remote import folder_of_mirrors
 
 _NEWEST = 400
 """Earlier cells that are read: enough for medians, and quick."""
@@ -74,7 +75,7 @@ class Forecast:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Forecast:
         """Read shapes, peaks and earlier cells for a configuration."""
-        records = list(_records(Path(settings["results_dir"]).expanduser()))
+        records = list(_records(folder_of_mirrors(settings["results_dir"])))
         shapes = _shapes(settings["model"])
         past = tuple(_past(record) for record in records if record["kind"] == "accuracy")
         return cls(settings["model"], shapes, *_peaks(records), past, settings["batch_size"])

@@ -16,6 +16,7 @@ from corematching.evaluation.experiment import Experiment, plan
 from corematching.evaluation.forecast import cell_weights
 from corematching.evaluation.progress import Reporter
 from corematching.evaluation.publishing import outdated, publish_run
+from corematching.results import remote
 from corematching.results.store import Store
 from corematching.results.table import build_table
 from corematching.results.terminal import show
@@ -73,6 +74,7 @@ def _run(experiment: Experiment, pending: Sequence[Cell], store: Store, reporter
     execute = EXECUTORS[experiment.settings["executor"]["name"]]
     with start_tracking(experiment, reporter.say) as tracker:
         execute(experiment, pending, store, reporter, tracker.log)
+        store.refresh()
         if experiment.settings["report"]:
             publish_run(store.root, reporter.say, tracker.log_media)
         tracker.finish(store)
@@ -84,7 +86,7 @@ def headline(experiment: Experiment, pending: int) -> Iterator[str]:
     model, data = settings["model"]["name"], settings["data"]["name"]
     yield from banner(settings)
     done = f", {cells - pending} already done" if pending < cells else ""
-    yield f"{experiment.name}: {cells} cells on {model} with {data} data{done} -> {experiment.folder}"
+    yield f"{experiment.name}: {cells} cells on {model} with {data} data{done} -> {remote.shown(experiment.folder)}"
 
 
 def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
@@ -104,12 +106,13 @@ def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
     table = build_table(records, names, notes, ranked=settings["match"] == "average")
     table.write(store.root)
     show(table, reporter.console)
-    reporter.say(f"table: {store.root / 'table.md'}, {store.root / 'table.csv'}")
+    reporter.say("table: " + ", ".join(f"{remote.shown(store.root)}/table.{suffix}" for suffix in ("md", "csv")))
     failed = [record for record in present if record["status"] == "failed"]
     if failed:
         reporter.say(f"{len(failed)} of {len(records)} cells failed; tracebacks are in {store.cells}/<id>/cell.json")
         for record in failed if settings["debug"] else ():
             reporter.say(record["error"]["traceback"])
+    store.upload()
     return 1 if len(failed) + (len(records) - len(present)) else 0
 
 

@@ -34,6 +34,7 @@ from corematching.models.loading import load_config, model_path
 from corematching.perplexity.forced import Forced, force
 from corematching.perplexity.table import BENCHMARK, METRIC, perplexity_table
 from corematching.perplexity.text import Protocol, read_text, windows_of
+from corematching.results import remote
 from corematching.results.store import Store
 from corematching.results.terminal import show
 
@@ -62,7 +63,10 @@ def run(config: DictConfig) -> int:
     with Reporter(len(pending)) as reporter:
         for line in banner(settings, answers=False):
             reporter.say(line)
-        reporter.say(f"{experiment.name}: {len(experiment.cells)} cells, {len(pending)} to run -> {experiment.folder}")
+        reporter.say(
+            f"{experiment.name}: {len(experiment.cells)} cells, {len(pending)} to run"
+            f" -> {remote.shown(experiment.folder)}"
+        )
         for cell in pending:
             attempt([cell], experiment, reader, store, reporter)
         if pending and settings["report"]:
@@ -116,6 +120,7 @@ def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
     reporter.say(f"table: {store.root / 'perplexity.md'}, {store.root / 'perplexity.csv'}")
     if len(done) < len(records):
         reporter.say(f"{len(records) - len(done)} of {len(records)} cells failed: see {store.cells}/<id>/cell.json")
+    store.upload()
     return 1 if len(done) < len(records) else 0
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corematching.errors import UserError
+from corematching.results import remote
 from corematching.results.manifest import UNPLACED, Manifest, read_manifest
 from corematching.results.order import keep_order
 from corematching.results.reading import SAMPLES, UnusableCell, one_line, read_cell
@@ -144,7 +145,7 @@ def load_results(folders: Iterable[Path | str]) -> Results:
     Parameters
     ----------
     folders
-        Experiment folders (``<results_dir>/<experiment>``, each holding ``cells/``).
+        Experiment folders (``<results_dir>/<experiment>``, each holding ``cells/``), or URLs of remote ones.
 
     Returns
     -------
@@ -158,7 +159,7 @@ def load_results(folders: Iterable[Path | str]) -> Results:
     """
     results = Results(pd.DataFrame())
     records: dict[str, dict[str, Any]] = {}
-    for number, folder in enumerate(map(Path, folders)):
+    for number, folder in enumerate(map(remote.local, folders)):
         if not (folder / "cells").is_dir():
             raise UserError(
                 f"{folder} is no experiment folder: it holds no 'cells' folder (expected <results_dir>/<experiment>)"

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from corematching.errors import UserError
 from corematching.files import remove, sync
 from corematching.results import record as schema
-from corematching.results import seal
+from corematching.results import remote, seal
 from corematching.results.claims import Claims, Holder
 from corematching.results.reading import RECORD, SAMPLES, SCHEMA, UnusableCell, digest, read_cell
 
@@ -49,7 +49,8 @@ class Store:
     Parameters
     ----------
     root
-        ``<results_dir>/<experiment>``; created when missing.
+        ``<results_dir>/<experiment>``; created when missing. Where it mirrors a remote store
+        (`corematching.results.remote`), cells are uploaded when they are stored.
 
     Raises
     ------
@@ -60,6 +61,7 @@ class Store:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self._claims = Claims(self.root / "claims")
+        self.remote = remote.of(self.root)
         try:
             for folder in (self.cells, self.root / "claims", self._staging):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -127,12 +129,40 @@ class Store:
         if reason:
             raise ValueError(f"not a cell record: {reason}")
         try:
-            return self._write_staged(record, samples)
+            folder = self._write_staged(record, samples)
         except OSError as error:
             raise UserError(
                 f"cannot store a cell in '{self.root}' ({error.strerror or error}); finished cells are safe, "
                 "run the same command again to resume"
             ) from error
+        if self.remote:
+            self.remote.try_upload(record["id"])
+        return folder
+
+    def refresh(self) -> None:
+        """Fetch what others have stored remotely, if this store mirrors a remote one.
+
+        Raises
+        ------
+        UserError
+            If the remote store cannot be read.
+        """
+        if self.remote:
+            self.remote.fetch()
+
+    def upload(self) -> None:
+        """See to it that all of this store is on the remote one, if it mirrors one.
+
+        Raises
+        ------
+        UserError
+            If the remote store does not take it; the same command tries again.
+        """
+        if self.remote:
+            try:
+                self.remote.upload_all()
+            except UserError as error:
+                raise UserError(f"{error}; all results are in {self.root}, and the same command uploads the rest") from None
 
     def _write_staged(self, record: dict[str, Any], samples: "pd.DataFrame | None", again: bool = True) -> Path:
         # No two writers share a name, not even on two machines.
