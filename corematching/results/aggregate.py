@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,19 @@ class Aggregation:
     tables: list[Table]
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collections, which go through all records of a large store again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@_no_collection()
 def aggregate(folders: Iterable[Path | str]) -> Aggregation:
     """Read experiments and make their tables.
 
@@ -70,6 +85,7 @@ def aggregate(folders: Iterable[Path | str]) -> Aggregation:
     return Aggregation(results, cells, efficiency, [table for table in tables if table is not None])
 
 
+@_no_collection()
 def write_tables(aggregation: Aggregation, folder: Path) -> list[Path]:
     """Write all tables in all formats, and ``statistics.csv`` with every comparison behind them."""
     written = render.write(aggregation.tables, folder)
