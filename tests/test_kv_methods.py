@@ -129,6 +129,91 @@ def test_ties_are_cut_as_torch_topk_does_or_by_position():
     assert kept_sets(first, 1, 0) == [2, 3, 8, 9]
 
 
+# ------------------------------------------------------------------------------------- budgets by layer and head
+def pooled_window(view, window, kernel, pooling):
+    """[H_kv, n - window] of the first sample: smoothed attention from the window, entry by entry."""
+    seen = grouped(full_attention(view)[:1, :, -window:].sum(2), view.keys.shape[1])[0, :, :-window]
+    reach = kernel // 2
+    padded = torch.nn.functional.pad(seen, (reach, reach))
+    stretches = padded.unfold(1, kernel, 1)
+    return stretches.mean(2) if pooling == "avg" else stretches.amax(2)
+
+
+@pytest.mark.parametrize(("keep", "n", "expected"), [
+    # base 16, last 16 // 4 = 4, first 28: a step of 24 // 5 = 4 rows
+    (24, 90, [36, 32, 28, 24, 20, 16]),
+    # first would be more than the 42 there are: 42, last 2 * 24 - 42 = 6, a step of 36 // 5 = 7
+    (32, 50, [50, 43, 36, 29, 22, 15]),
+    (40, 50, [40] * 6),  # a prompt below twice the base is cut alike everywhere
+    (60, 50, [50] * 6),
+    (6, 50, [6] * 6),
+])  # fmt: skip
+def test_pyramidkv_budgets_fall_in_equal_steps(keep, n, expected):
+    method = cm.build_method("pyramidkv", keep=keep, window=8, kernel=3, beta=4)
+    for layer, count in enumerate(expected):
+        view = random_view(n=n, batch=1)
+        view.layer = layer
+        decision = method.select(view, depth=6)
+        if count == n:
+            assert decision is None
+            continue
+        chosen = pooled_window(view, 8, 3, "avg").topk(max(count - 8, 0)).indices
+        for head in range(2):
+            last = range(n - min(8, count), n)
+            assert kept_sets(decision, 0, head) == [*sorted(chosen[head].tolist()), *last]
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 1.0])
+def test_adakv_shares_a_layers_budget_among_its_heads(floor):
+    view = random_view(n=90, batch=1, kv_heads=4, heads=4)
+    view.all_queries[:, 1] *= 4  # one head looks at few positions
+    decision = cm.build_method("adakv", keep=20, window=8, kernel=3, pooling="max", floor=floor).select(view)
+    scores = pooled_window(view, 8, 3, "max")
+    ranking = sorted(((-score, head, i) for head, own in enumerate(scores.tolist()) for i, score in enumerate(own)))
+    best = [sum(head == own for _, head, _ in ranking[: 4 * 12]) for own in range(4)]
+    counts = decision.valid[0].sum(1) - 8
+    assert counts.sum() == 4 * 12, "shares sum to the layer's budget"
+    for head, count in enumerate(counts.tolist()):
+        assert abs(count - ((1 - floor) * best[head] + floor * 12)) < 1
+        kept = decision.index[0, head][decision.valid[0, head]].tolist()
+        expected = scores[head].argsort(descending=True, stable=True)[:count].sort().values.tolist()
+        assert kept == [*expected, *range(82, 90)]
+    assert (len(set(counts.tolist())) == 1) == (floor == 1.0)
+
+
+@torch.no_grad()
+def test_adakv_attends_head_by_head_to_what_each_kept(random_llava, prompts):
+    """Against the rectangular cache where heads share evenly; batches as one by one; padding is stored, not read."""
+    even, snap = (
+        cm.build_method(name, keep=20, window=6, kernel=3, pooling="max", **other)
+        for name, other in (("adakv", {"floor": 1.0}), ("snapkv", {"ties": "first"}))
+    )
+    step = {"input_ids": torch.tensor([[7]])}
+    with snap(random_llava):
+        expected = _second_step(random_llava, prompts[1], step)
+    with even(random_llava):
+        found = _second_step(random_llava, prompts[1], step)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    with cm.build_method("adakv", keep=20, window=6)(random_llava) as trace:
+        together = random_llava.generate(**left_pad(prompts), **options)[:, -5:]
+        batch = trace.drain()
+        for row, prompt in enumerate(prompts):
+            output = random_llava.generate(**prompt, **options, return_dict_in_generate=True)
+            assert torch.equal(output.sequences[0, -5:], together[row])
+            (alone,) = trace.drain()
+            assert (alone.kv_bytes, alone.kv_lengths) == (batch[row].kv_bytes, [20] * DEPTH)
+            assert alone.rows_read == batch[row].rows_read == [[21.0, 22.0, 23.0, 24.0]] * DEPTH
+            stored = sum(layer.keys.shape[2] - 4 for layer in output.past_key_values.layers)
+            assert alone.kv_bytes == stored * random_llava._corematching.kv_row_bytes(4) > 20 * DEPTH * 128
+        beams = random_llava.generate(**left_pad(prompts[:2]), **options, num_beams=2)[:, -5:]
+        alone = torch.cat([random_llava.generate(**own, **options, num_beams=2)[:, -5:] for own in prompts[:2]])
+        assert torch.equal(beams, alone)
+        cache = random_llava(**prompts[0], use_cache=True).past_key_values
+        with pytest.raises(cm.UserError, match="'adakv' takes no later turns"):
+            random_llava(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
+
+
 def csp_parts(view, recent, row, head, upto=None):
     """Cross- and within-modality sums of the last ``recent`` queries, entry by entry."""
     attention = grouped(full_attention(view, plus_one=True), 2)[row, head]
@@ -276,6 +361,10 @@ def test_two_kv_methods_do_not_compose():
     [
         ("h2o", {"keep": 0.2, "recent": 0.3}, r"recent=0.3.*keep=0.2"),
         ("snapkv", {"window": 0.5}, r"window=0.5.*count"),
+        ("pyramidkv", {"beta": 0}, r"beta=0"),
+        ("pyramidkv", {"kernel": 4}, r"kernel=4.*odd"),
+        ("adakv", {"floor": 1.5}, r"floor=1.5"),
+        ("adakv", {"pooling": "median"}, r"pooling='median'.*avg, max"),
         ("snapkv", {"kernel": 4}, r"kernel=4.*odd"),
         ("snapkv", {"pooling": "median"}, r"pooling='median'.*avg, max"),
         ("csp", {"cross_fraction": 1.5}, r"cross_fraction=1.5"),

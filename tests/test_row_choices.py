@@ -19,6 +19,7 @@ from corematching.engine.rows import gather_rows
 from corematching.engine.trace import SampleTrace
 from corematching.evaluation.trace_summary import acted
 from corematching.methods.base import ChooseRows, Method, ReadRows
+from corematching.methods.measured import Measured
 
 DEPTH, HEADS = 6, 2
 
@@ -327,3 +328,59 @@ def test_rows_are_gathered_from_any_layout():
     assert torch.equal(gather_rows(rows[:, :11], index), expected)
     assert torch.equal(gather_rows(rows[:, 4:], index), torch.stack([rows[h, 4:][index[h]] for h in range(3)]))
     assert torch.equal(gather_rows(rows.transpose(0, 1).contiguous().transpose(0, 1), index), expected)
+
+
+# --------------------------------------------------------------------------------------------------------------- mass
+def dense_steps(model, prompt, tokens):
+    """Per layer and step: dense attention [H, n] of the decoded tokens."""
+    kernel = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        cache = model(**prompt, use_cache=True).past_key_values
+        steps = [
+            model(input_ids=token[None, None], past_key_values=cache, output_attentions=True).attentions
+            for token in tokens
+        ]
+    finally:
+        model.set_attn_implementation(kernel)
+    return [[step[layer][0, :, 0] for step in steps] for layer in range(DEPTH)]
+
+
+@torch.no_grad()
+def test_mass_is_that_of_dense_attention_on_the_rows_read(random_llava, prompts):
+    """In layer 0 nothing before it differs from dense; the first step reads what the prompt's choice left."""
+    prompt = prompts[1]
+    n = prompt["input_ids"].shape[1]
+    with Measured(Reads(every_second, layers=(0,)))(random_llava) as trace:
+        out = random_llava.generate(**prompt, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    (sample,) = trace.samples
+    dense = dense_steps(random_llava, prompt, out[0, n:-1])
+    for step, attention in enumerate(dense[0]):
+        rows = every_second(type("View", (), {"rows": n + step + 1})).index
+        share = torch.stack([attention[2 * h : 2 * h + 2, rows[h]].sum(1) for h in range(HEADS)]).mean()
+        assert sample.mass_read[0][step] == pytest.approx(float(share), abs=1e-5)
+    assert sample.mass_read[1] == [1.0, 1.0]
+    assert sample.overhead_flops == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["streaming_llm", "adakv"])
+def test_mass_counts_rows_that_a_prompt_time_choice_dropped(name, random_llava, prompts):
+    method = cm.build_method(name, keep=20)
+    prompt = prompts[1]
+    n = prompt["input_ids"].shape[1]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with method(random_llava):
+        plain = random_llava.generate(**left_pad(prompts), **options)
+    with Measured(method)(random_llava) as trace:
+        assert torch.equal(random_llava.generate(**left_pad(prompts), **options), plain)
+        batch = trace.drain()
+        out = random_llava.generate(**prompt, **options)
+        (sample,) = trace.drain()
+    torch.testing.assert_close(torch.tensor(batch[1].mass_read), torch.tensor(sample.mass_read))
+    assert all(0 < share < 1 for layer in sample.mass_read for share in layer)
+    if name == "streaming_llm":
+        dense = dense_steps(random_llava, prompt, out[0, n:-1])[0]
+        for step, attention in enumerate(dense):
+            rows = [*range(4), *range(n - 16, n + step + 1)]
+            assert sample.mass_read[0][step] == pytest.approx(float(attention[:, rows].sum(1).mean()), abs=1e-5)

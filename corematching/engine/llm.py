@@ -268,14 +268,16 @@ def _after_layer(session, index: int, state: PromptState, prompt: Prompt, signal
                 signals,
                 activations,
             )
-            _shrink_kv(stage.select(view), state, index, layer_cache)
+            _shrink_kv(stage.select(view), state, index, layer_cache, index in session.measured)
     if state.rows is not None and cache is not None:
         note_prompt(session, index, state, cache.layers[index], signals, prompt)
     session.activations.pop(index - 1, None)
     session.attended.pop(index - 1, None)
 
 
-def _shrink_kv(decision: KeepKV | ZeroKV | None, state: PromptState, index: int, layer_cache: Any) -> None:
+def _shrink_kv(
+    decision: KeepKV | ZeroKV | None, state: PromptState, index: int, layer_cache: Any, measured: bool
+) -> None:
     """Carry out a decision about the rows of this turn; earlier ones stay."""
     past = state.past[index]
     before, keys = layer_cache.keys.tensor_split([past.rows], 2)
@@ -286,6 +288,8 @@ def _shrink_kv(decision: KeepKV | ZeroKV | None, state: PromptState, index: int,
         gone_now = decision.mask.sum(1).tolist()
         state.zeroed_kv = [before + now for before, now in zip(state.zeroed_kv, gone_now, strict=True)]
     elif isinstance(decision, KeepKV):
+        if measured and state.rows is not None:
+            state.rows.note_dropped(index, keys, decision, state.kv_lengths[index])
         gather = decision.index[..., None].expand(-1, -1, -1, keys.shape[-1])
         keys, values = keys.gather(2, gather), values.gather(2, gather)
         batch, width = decision.index.shape[0], decision.index.shape[2]

@@ -19,7 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from corematching.errors import UserError
-from corematching.methods.base import ChooseRows, ReadRows
+from corematching.methods.base import ChooseRows, KeepKV, ReadRows
 
 if TYPE_CHECKING:
     from corematching.engine.session import Session
@@ -63,6 +63,11 @@ class RowChoices:
     """Per sample and layer: the cache row where its own ones begin (padding stands before)."""
     heads: dict[int, list[list[int]]] = field(default_factory=dict)
     """Of layers whose heads keep different numbers of rows, per sample: where each KV head's rows begin."""
+    longest: dict[int, list[int]] = field(default_factory=dict)
+    """Of the same, per sample of the prefill: rows of the longest head, to which the others are padded."""
+    dropped: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """Of measured layers that dropped rows, per sample: keys [H_kv, n, hd] of all rows, and bool [H_kv, n] of those
+    that stayed."""
     memory: list[dict[Any, Any]] = field(default_factory=list)
     """Per sample: what the method notes. Values are replaced, never written into."""
     steps: list[Step] = field(default_factory=list)
@@ -75,18 +80,37 @@ class RowChoices:
     def note_heads(self, layer: int, valid: Tensor) -> list[int]:
         """A layer's KV heads keep different numbers of rows, bool [B, H_kv, K]: their rounded mean per sample."""
         counts = valid.sum(2).tolist()
+        self.longest[layer] = [max(own) for own in counts]
         self.heads[layer] = [[valid.shape[2] - count for count in own] for own in counts]
         return [round(sum(own) / len(own)) for own in counts]
+
+    def note_dropped(self, layer: int, keys: Tensor, decision: KeepKV, lengths: Sequence[int]) -> None:
+        """A measured layer is about to keep some rows only of keys [B, H_kv, n, hd]."""
+        stayed = torch.zeros(keys.shape[:3], dtype=torch.int8, device=keys.device)
+        valid = torch.ones_like(decision.index) if decision.valid is None else decision.valid
+        valid = valid if valid.dim() == 3 else valid[:, None].expand_as(decision.index)
+        stayed = stayed.scatter_add(2, decision.index, valid.to(torch.int8)) > 0
+        self.dropped[layer] = [
+            (own[:, -length:], mark[:, -length:]) for own, mark, length in zip(keys, stayed, lengths, strict=True)
+        ]
 
     def take(self, rows: Sequence[int]) -> None:
         """The batch is now made of these rows of what it was."""
         self.starts = [self.starts[row] for row in rows]
         self.memory = [dict(self.memory[row]) for row in rows]
         self.heads = {layer: [starts[row] for row in rows] for layer, starts in self.heads.items()}
+        self.dropped = {layer: [own[row] for row in rows] for layer, own in self.dropped.items()}
 
     def snapshot(self) -> RowChoices:
         """As it is now, whatever comes."""
-        return RowChoices(list(self.starts), dict(self.heads), [dict(own) for own in self.memory], list(self.steps))
+        return RowChoices(
+            list(self.starts),
+            dict(self.heads),
+            dict(self.longest),
+            dict(self.dropped),
+            [dict(own) for own in self.memory],
+            list(self.steps),
+        )
 
     def fork(self) -> RowChoices:
         """For a copied KV cache: steps so far stay on this one's account."""
@@ -256,19 +280,20 @@ class RowReader:
         choices = state.rows if state is not None else None
         if choices is None:
             return self._kernel(module)(module, query, key, value, mask, **kwargs)
+        decisions: list[ReadRows | None] = [None] * len(query)
+        if self.stage is not None:
+            decisions = [self._ask(choices, row, query, key, value, kwargs["scaling"]) for row in range(len(query))]
+            choices.steps[-1].rows[self.layer] = [
+                key.shape[2] - own[self.layer] if decision is None else _rows_read(decision)
+                for decision, own in zip(decisions, choices.starts, strict=True)
+            ]
+        if self.layer in self.session.measured:
+            choices.steps[-1].mass[self.layer] = [
+                self._mass(decision, choices, row, query, key, kwargs["scaling"])
+                for row, decision in enumerate(decisions)
+            ]
         if self.layer in choices.heads:
             return self._ragged(query, key, value, choices, kwargs["scaling"]), None
-        if self.stage is None:
-            return self._kernel(module)(module, query, key, value, mask, **kwargs)
-        decisions = [self._ask(choices, row, query, key, value, kwargs["scaling"]) for row in range(len(query))]
-        lengths = [key.shape[2] - own[self.layer] for own in choices.starts]
-        step = choices.steps[-1]
-        step.rows[self.layer] = [
-            length if decision is None else _rows_read(decision)
-            for decision, length in zip(decisions, lengths, strict=True)
-        ]
-        if self.session.measuring_mass:
-            step.mass[self.layer] = self._mass(decisions, choices, query, key, kwargs["scaling"])
         if all(decision is None for decision in decisions):
             return self._kernel(module)(module, query, key, value, mask, **kwargs)
         if any(decision is not None and not isinstance(decision.index, Tensor) for decision in decisions):
@@ -337,22 +362,25 @@ class RowReader:
         return torch.stack(parts)
 
     def _mass(
-        self, decisions: list[ReadRows | None], choices: RowChoices, query: Tensor, key: Tensor, scaling: float
-    ) -> list[Count]:
-        """Per sample: share of dense attention on the rows read, on average over query heads. Booked on nobody."""
-        shares: list[Count] = []
-        for row, decision in enumerate(decisions):
-            if decision is None:
-                shares.append(1.0)
-                continue
-            keys = key[row, :, choices.starts[row][self.layer] :]
-            dense = grouped_logits(query[row], keys, scaling)[:, 0].softmax(-1)
-            read = torch.zeros(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        self, decision: ReadRows | None, choices: RowChoices, row: int, query: Tensor, key: Tensor, scaling: float
+    ) -> Count:
+        """Share of a sample's dense attention on the rows read, on average over query heads."""
+        dropped = choices.dropped.get(self.layer)
+        keys = key[row, :, choices.starts[row][self.layer] :]
+        read = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        if decision is not None:
+            read.zero_()
             for head, rows in zip(read, decision.index, strict=True):
                 head[rows] = True
-            by_group = dense.unflatten(0, (len(read), -1)) * read[:, None]
-            shares.append(by_group.sum(-1).mean())
-        return shares
+        elif dropped is not None:
+            every, stayed = dropped[row]
+            decoded = len(choices.steps)
+            keys = torch.cat([every, keys[:, -decoded:]], 1)
+            read = torch.cat([stayed, read[:, -decoded:]], 1)
+        else:
+            return 1.0
+        dense = grouped_logits(query[row], keys, scaling)[:, 0].softmax(-1)
+        return (dense.unflatten(0, (len(read), -1)) * read[:, None]).sum(-1).mean()
 
 
 def _rows_read(decision: ReadRows) -> float:
@@ -385,7 +413,7 @@ def install_readers(session: Session) -> None:
     UserError
         For attention kernels that cannot be handed rows with a mask.
     """
-    layers = sorted({*session.choose_rows, *session.ragged})
+    layers = sorted({*session.choose_rows, *session.ragged, *session.measured})
     kernel = session.decoder.config._attn_implementation
     if layers and kernel not in KERNELS:
         raise UserError(
@@ -410,7 +438,7 @@ def open_choices(session: Session, state: PromptState) -> None:
         return
     batch = len(state.prompt.lengths)
     if state.past and state.past[0].rows:
-        if session.ragged:
+        if session.ragged or session.measured:
             raise UserError(f"method {session.name!r} takes no later turns on a KV cache: give each prompt a new one")
         if batch > 1 or state.prompt.padded:
             raise UserError("later turns of a batch are not supported by methods that choose KV rows: one by one")

@@ -35,6 +35,7 @@ from corematching.methods.base import (
     ChooseNeurons,
     ChooseRows,
     Guide,
+    MeasureMass,
     Method,
     PredictNeurons,
     Replace,
@@ -95,8 +96,8 @@ class Session:
         self.choose_rows = {stage.layer: stage for stage in stages if isinstance(stage, ChooseRows)}
         self.ragged = {stage.layer for stages in self.after.values() for stage in stages if stage.ragged}
         """Layers whose KV heads keep different numbers of rows."""
-        self.measuring_mass = False
-        """Whether the trace is to say how much of dense attention falls on the rows read."""
+        self.measured = {stage.layer for stage in stages if isinstance(stage, MeasureMass)}
+        """Layers of which the trace says how much of dense attention falls on the rows read."""
         self.decoding_cache: Any = None
         """The KV cache of the decode step that runs now."""
         self.build_ffn = FFNBuilder()
@@ -252,8 +253,8 @@ class Session:
 
     @property
     def chooses_rows(self) -> bool:
-        """Whether decode steps of some layer read other rows than all that are held."""
-        return bool(self.choose_rows or self.ragged)
+        """Whether decode steps of some layer read other rows than all that are held, or what they read is measured."""
+        return bool(self.choose_rows or self.ragged or self.measured)
 
     def looks_at(self, index: int) -> bool:
         """Whether some stage is asked once a layer has run, about it or at the input of the next."""

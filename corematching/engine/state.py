@@ -181,7 +181,7 @@ class PromptState:
             visual_tokens=[entering[id(layout)] for layout in self.layouts],
             llm_tokens=[layout.lengths[row] for layout in self.layouts],
             kv_lengths=[lengths[row] for lengths in self.kv_lengths],
-            kv_bytes=sum(lengths[row] for lengths in self.kv_lengths) * self.kv_row_bytes,
+            kv_bytes=self._rows_stored(row) * self.kv_row_bytes,
             dense_kv_bytes=(self._earlier(row) + self.prompt.lengths[row]) * len(self.layouts) * self.kv_row_bytes,
             neurons=[_row(neurons.get(layer), row) for layer in range(len(self.layouts))],
             ffn_mode=next((mode for mode in FFN_MODES if mode in modes), "dense"),
@@ -202,6 +202,13 @@ class PromptState:
             zeroed_kv=self.zeroed_kv[row],
             guide=guide,
             **chosen,
+        )
+
+    def _rows_stored(self, row: int) -> int:
+        """KV rows of a sample after prefill, all layers together; heads of one layer are padded to the longest."""
+        longest = self.rows.longest if self.rows else {}
+        return sum(
+            longest[layer][row] if layer in longest else lengths[row] for layer, lengths in enumerate(self.kv_lengths)
         )
 
     def _earlier(self, row: int) -> int:

@@ -230,6 +230,16 @@ class ChooseRows:
 
 
 @dataclass(frozen=True)
+class MeasureMass:
+    """Let the trace say what share of dense attention falls on the rows that one layer's decode steps read.
+
+    Dense is attention to every row that entered the layer, dropped ones included. Measuring is booked on nobody.
+    """
+
+    layer: int
+
+
+@dataclass(frozen=True)
 class ChooseNeurons:
     """Choose, from one layer's prefill, the FFN neurons that decode computes.
 
@@ -283,6 +293,7 @@ Stage = (
     | VisionDrop
     | AfterPrefill
     | ChooseRows
+    | MeasureMass
     | ChooseNeurons
     | PredictNeurons
     | Guide

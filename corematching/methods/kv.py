@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from corematching.errors import UserError
 from corematching.methods.base import KeepKV
-from corematching.methods.parameters import Budget, check_budget, count_of
+from corematching.methods.parameters import Budget, check_budget, check_choice, count_of
 from corematching.methods.views import KVView
 
 TIES = ("topk", "first")
@@ -91,6 +94,30 @@ def attention_received(view: KVView, rows: list[int], weights: Tensor, plus_one:
         each = queries.shape[1] * head_dim + kv_heads * weights.shape[2]
         view.spend([2 * count * keys * each for count, keys in zip(own, view.lengths, strict=True)])
     return received
+
+
+POOLINGS: dict[str, Callable[..., Tensor]] = {"avg": avg_pool1d, "max": max_pool1d}
+
+
+def check_window(window: int, kernel: int, pooling: str) -> None:
+    """Refuse an observing window or a smoothing that cannot be."""
+    check_choice("pooling", pooling, tuple(POOLINGS))
+    if window < 1:
+        raise UserError(f"window={window!r} is not valid: give a count >= 1")
+    if kernel % 2 != 1 or kernel < 1:
+        raise UserError(f"kernel={kernel!r} is not valid: give an odd count >= 1")
+
+
+def window_scores(view: KVView, counts: list[int], window: int, kernel: int, pooling: str) -> Tensor:
+    """[B, H_kv, n]: what each position receives from the last ``window`` ones, smoothed along the sequence.
+
+    Nobody observes for samples that keep all of their rows (``counts``). Smoothing pads with zeros beyond the first
+    position and before the window.
+    """
+    rows = asking(view, counts, [min(window, length) for length in view.lengths])
+    received = attention_received(view, rows, view.valid[:, -max(rows) :, None])[:, :, 0]
+    received = received.masked_fill(distance_from_end(view.valid)[:, None] <= window, 0)
+    return POOLINGS[pooling](received, kernel, stride=1, padding=kernel // 2)
 
 
 def ranked(scores: Tensor, candidates: list[range], counts: list[int], ties: str) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d
-
-from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
-from corematching.methods.kv import TIES, asking, attention_received, distance_from_end, keep_best, kept_counts
+from corematching.methods.kv import TIES, check_window, keep_best, kept_counts, window_scores
 from corematching.methods.parameters import Budget, check_budget, check_choice
 from corematching.methods.views import KVView
-
-POOLINGS: dict[str, Callable[..., Tensor]] = {"avg": avg_pool1d, "max": max_pool1d}
 
 
 @dataclass(frozen=True)
@@ -58,12 +51,8 @@ class SnapKV(Method):
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)
-        check_choice("pooling", self.pooling, tuple(POOLINGS))
         check_choice("ties", self.ties, TIES)
-        if self.window < 1:
-            raise UserError(f"window={self.window!r} is not valid: give a count >= 1")
-        if self.kernel % 2 != 1 or self.kernel < 1:
-            raise UserError(f"kernel={self.kernel!r} is not valid: give an odd count >= 1")
+        check_window(self.window, self.kernel, self.pooling)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         return [AfterPrefill(layer, self.select) for layer in range(geometry.depth)]
@@ -72,9 +61,6 @@ class SnapKV(Method):
         counts = kept_counts(view, self.keep)
         if counts == view.lengths:
             return None
-        rows = asking(view, counts, [min(self.window, length) for length in view.lengths])
-        received = attention_received(view, rows, view.valid[:, -max(rows) :, None])[:, :, 0]
-        received = received.masked_fill(distance_from_end(view.valid)[:, None] <= self.window, 0)
-        smooth = POOLINGS[self.pooling](received, self.kernel, stride=1, padding=self.kernel // 2)
+        smooth = window_scores(view, counts, self.window, self.kernel, self.pooling)
         # A budget below the window keeps its most recent part.
         return keep_best(smooth, view.lengths, counts, [min(self.window, count) for count in counts], self.ties)
