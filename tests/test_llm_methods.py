@@ -277,13 +277,21 @@ def test_sinkhorn_meets_the_marginals_and_follows_the_cost():
 
 
 def test_grid_distances_are_shares_of_the_diagonal():
-    origin = torch.tensor([[0, 8, 63, 64]])
-    apart, central = grid_distances(origin, (8, 8))
+    apart, central = grid_distances(*on_grid(torch.tensor([[0, 8, 63, 64]]), 8))
     assert apart[0, 0, 2] == pytest.approx(1.0)
     assert apart[0, 0, 1] == pytest.approx(1 / (7 * 2**0.5))
     assert apart[0, 0, 3] == 1.0  # another image
     assert central[0, 0] == pytest.approx(1.0)
-    assert grid_distances(torch.tensor([[4]]), (3, 3))[1].item() == 0
+    assert grid_distances(*on_grid(torch.tensor([[4]]), 3))[1].item() == 0
+    wide = grid_distances(torch.zeros(1, 2), torch.tensor([[[0, 0], [1, 3]]]), torch.tensor([[[2, 3], [2, 3]]]))
+    assert wide[0][0, 0, 1] == pytest.approx(1.0)  # behind the last column, as newlines are, counts as in it
+
+
+def on_grid(origin: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which square grid tokens lie in, where, and its size."""
+    index = origin % side**2
+    places = torch.stack([index // side, index % side], 2)
+    return origin // side**2, places, torch.full_like(places, side)
 
 
 def test_recovery_is_evenly_spread():
@@ -332,15 +340,17 @@ def test_topv_does_not_rank_random_features_by_their_distance_from_the_centre(wi
     sources = torch.randn(1, side * side, width, generator=generator)
     targets = torch.randn(1, side * side, width, generator=generator) * 0.5 + (sources if related else 0)
     origin = torch.arange(side * side)[None]
+    owner, places, sizes = on_grid(origin, side)
+    facts = {"image": owner, "tile": owner, "row": places[..., 0], "column": places[..., 1]}
+    facts |= {"tile_rows": sizes[..., 0], "tile_columns": sizes[..., 1]}
     view = SimpleNamespace(
         entered=sources,
         attended=lambda: targets,
         gather=lambda values: values,
-        origin=origin,
-        prompt=SimpleNamespace(grid=(side, side)),
+        fact=lambda name: facts[name],
         visual_valid=torch.ones(1, side * side, dtype=torch.bool),
     )
-    central = grid_distances(origin, (side, side))[1][0]
+    central = grid_distances(*on_grid(origin, side))[1][0]
 
     def explained(**parameters):
         scores = cm.build_method("topv", epsilon=epsilon, **parameters).scores(view)[0]

@@ -57,7 +57,8 @@ class CapturedPrefill:
         self._lengths: OrderedDict[int, _Length] = OrderedDict()
         self._now = _Length()
         depth = session.decoder.config.num_hidden_layers
-        starts = [0, *(index for index in range(1, depth) if session.before[index]), depth]
+        added = session.family.added_levels(session.model.config)
+        starts = [0, *(index for index in range(1, depth) if session.before[index] or index <= added), depth]
         self.runs = [range(*ends) for ends in pairwise(starts)]
 
     @staticmethod
@@ -74,18 +75,16 @@ class CapturedPrefill:
         if len(self._lengths) > MOST_LENGTHS:
             self._lengths.popitem(last=False)
 
-    def __call__(
-        self, layers: range, hidden: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, cache: Any
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, layers: range, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: Any) -> tuple[Tensor, Tensor]:
         """Run layers over hidden states [1, n, d]: what entered the last one, and what left it."""
         met, runs, length = self._now.met, self._now.runs, hidden.shape[1]
         if (layers.start, length) not in met:
             met.add((layers.start, length))
-            return run_layers(self.session.decoder, layers, hidden, None, rope, positions, cache, use_cache=True)
+            return run_layers(self.session.decoder, layers, hidden, None, rope, None, cache, use_cache=True)
         run = runs.get(layers.start)
         if run is None or run.length != length:
-            run = runs[layers.start] = _Run(self.session, layers, hidden, rope, positions, self.capture)
-        return run(hidden, rope, positions, cache)
+            run = runs[layers.start] = _Run(self.session, layers, hidden, rope, self.capture)
+        return run(hidden, rope, cache)
 
 
 @dataclass
@@ -107,28 +106,25 @@ class _Run:
         layers: range,
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
-        positions: Tensor,
         capture: Capture,
     ) -> None:
         self.session, self.layers = session, layers
         self.length = hidden.shape[1]
         with torch.inference_mode(False), torch.no_grad():
-            self.inputs = [part.clone() for part in (hidden, *rope, positions)]
+            self.inputs = [part.clone() for part in (hidden, *rope)]
         self.replay, self.results = capture(self._compute)
 
     def _compute(self) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor], dict[int, Tensor]]:
         session, recorder = self.session, _Recorder()
-        hidden, cos, sin, positions = self.inputs
+        hidden, cos, sin = self.inputs
         entered, hidden = run_layers(
-            session.decoder, self.layers, hidden, None, (cos, sin), positions, recorder, use_cache=True
+            session.decoder, self.layers, hidden, None, (cos, sin), None, recorder, use_cache=True
         )
         noted = [{i: own[i] for i in self.layers if i in own} for own in (session.activations, session.attended)]
         return entered, hidden, torch.stack([*recorder.keys, *recorder.values]), noted[0], noted[1]
 
-    def __call__(
-        self, hidden: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, cache: Any
-    ) -> tuple[Tensor, Tensor]:
-        for target, part in zip(self.inputs, (hidden, *rope, positions), strict=True):
+    def __call__(self, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: Any) -> tuple[Tensor, Tensor]:
+        for target, part in zip(self.inputs, (hidden, *rope), strict=True):
             target.copy_(part)
         self.replay()
         entered, hidden, rows, activations, attended = self.results

@@ -18,6 +18,7 @@ from corematching.engine.cache import conversation_of
 from corematching.engine.captured import WARM_UPS
 from corematching.engine.ffn import SlicedFFN
 from corematching.errors import UserError
+from corematching.models.families import family_of
 
 if TYPE_CHECKING:
     from corematching.engine.session import Session
@@ -38,7 +39,8 @@ def prefill(model: Any, inputs: dict[str, Tensor], engine: str = "eager") -> tup
     """
     session: Session | None = getattr(model, "_corematching", None)
     mask = inputs.get("attention_mask")
-    if mask is not None and not bool(mask.all()) and "position_ids" not in inputs:
+    plain = family_of(model.config).position_rows == 1
+    if plain and mask is not None and not bool(mask.all()) and "position_ids" not in inputs:
         # As generate() numbers left-padded prompts: padding takes no positions.
         inputs = {**inputs, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
     if session is not None:
@@ -139,10 +141,17 @@ class EagerDecoder:
         arguments: dict[str, Tensor] = {}
         if self.mask is not None:
             self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-            arguments = {"attention_mask": self.mask, "position_ids": self.mask.sum(1, keepdim=True) - 1}
+            arguments = {"attention_mask": self.mask, "position_ids": self._positions(self.mask)}
         out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True, **arguments)
         self.token = out.logits[:, -1].argmax(-1, keepdim=True)
         return self.token
+
+    def _positions(self, mask: Tensor) -> Tensor:
+        """Position id of the token that comes, [B, 1], or [1, B, 1] where images take fewer positions than tokens."""
+        after = mask.sum(1, keepdim=True) - 1
+        base: Any = family_of(self.model.config).base(self.model)
+        deltas = getattr(base, "rope_deltas", None)
+        return after if deltas is None else (after + deltas)[None]
 
 
 class StaticKV:
@@ -181,8 +190,8 @@ class StaticDecoder:
             keys, values = ([_buffer(part, room) for part in parts] for parts in _parts(cache, len(state.layouts)))
             device, batch = keys[0].device, keys[0].shape[0]
             self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-            self.positions = torch.zeros_like(self.token)
-            self.shifts = [torch.zeros_like(self.token) for _ in self.groups]
+            self.positions = torch.zeros_like(state.prompt.positions[..., -1:])
+            self.shifts = [torch.zeros_like(self.positions) for _ in self.groups]
             self.slots = [torch.zeros(1, dtype=torch.long, device=device) for _ in self.groups]
             self.masks = [keys[group[0]].new_zeros(batch, 1, 1, keys[group[0]].shape[2]) for group in self.groups]
         self.group_of = [number for _, number in sorted((i, n) for n, group in enumerate(self.groups) for i in group)]
@@ -248,7 +257,7 @@ class StaticDecoder:
             seen.zero_() if valid is None else seen.masked_fill_(valid, 0)
             self.slots[number].fill_(length)
             self.shifts[number].zero_() if shift is None else self.shifts[number].copy_(shift)
-        self.positions.copy_(state.prompt.positions[:, -1:] + 1)
+        self.positions.copy_(state.prompt.positions[..., -1:] + 1)
         self.token.copy_(token)
         self.left = self.room
 
@@ -266,7 +275,7 @@ class StaticDecoder:
                     hidden,
                     attention_mask=self.masks[group],
                     position_embeddings=ropes[group],
-                    position_ids=self.positions - self.shifts[group],
+                    position_ids=None,
                     past_key_values=self.kv,
                     use_cache=True,
                 )

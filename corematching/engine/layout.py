@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,23 @@ NO_PAST = Past()
 
 
 @dataclass(frozen=True, eq=False)
+class Stream:
+    """What goes from layer to layer, [B, n, d] each."""
+
+    hidden: Tensor
+    coming: tuple[Tensor, ...] = ()
+    """Rows that the next layers' outputs get added, one per layer (deepstack); zeros where there is no visual token."""
+
+    def after_layer(self, hidden: Tensor) -> Stream:
+        """What a layer's output becomes."""
+        return Stream(hidden + self.coming[0], self.coming[1:]) if self.coming else Stream(hidden)
+
+    def of(self, change: Callable[[Tensor], Tensor]) -> Stream:
+        """The same change made to every tensor."""
+        return Stream(change(self.hidden), tuple(map(change, self.coming)))
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The current sequence of a left-padded batch, [B, n] throughout."""
 
@@ -36,8 +55,10 @@ class Layout:
     """Index in the original prompt (-1: padding, or no single origin)."""
     visual_id: Tensor
     """Original visual-token index; -1 for visual tokens without one, -2 for text and padding."""
+    place_id: Tensor
+    """Original index of the visual token whose place it stands at; -2 for text and padding."""
     positions: Tensor
-    """Position ids."""
+    """Position ids that the rotary embedding reads: [B, n], or [R, B, n] where it reads several rows."""
     valid: Tensor
     """Bool: False on padding."""
     lengths: list[int]
@@ -46,6 +67,9 @@ class Layout:
     """Visual tokens per sample, on the host."""
     start: Tensor | None = None
     """Long [B, 1]: position id of each sample's first token; None = 0."""
+
+    def __post_init__(self) -> None:
+        assert self.positions.shape[-2:] == self.valid.shape
 
     @classmethod
     def of_prompt(
@@ -60,15 +84,25 @@ class Layout:
         """Layout before any reduction; synchronises once to learn the counts."""
         is_visual = (input_ids == image_token_id) & valid
         index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        visual_id = (is_visual.long().cumsum(1) - 1).masked_fill(~is_visual, -2)
         return cls(
             source=(index if source is None else source).masked_fill(~valid, -1),
-            visual_id=(is_visual.long().cumsum(1) - 1).masked_fill(~is_visual, -2),
-            positions=positions.expand_as(input_ids),
+            visual_id=visual_id,
+            place_id=visual_id,
+            positions=positions.expand(*positions.shape[:-2], *input_ids.shape),
             valid=valid,
             lengths=valid.sum(1).tolist(),
             visual_counts=is_visual.sum(1).tolist(),
             start=start,
         )
+
+    def of_sample(self, row: int) -> Layout:
+        """One sample's sequence, as wide as the batch's."""
+        own = slice(row, row + 1)
+        names = ("source", "visual_id", "place_id", "valid", "lengths", "visual_counts")
+        parts: dict[str, Any] = {name: getattr(self, name)[own] for name in names}
+        start = None if self.start is None else self.start[own]
+        return replace(self, positions=self.positions[..., own, :], start=start, **parts)
 
     @property
     def padded(self) -> bool:
@@ -94,8 +128,8 @@ class Layout:
             return decision.counts
         return (decision.mask & self.visual_valid).sum(1).tolist()
 
-    def drop(self, decision: Keep, hidden: Tensor, renumber: bool) -> tuple[Layout, Tensor]:
-        """Apply a :class:`Keep`: the shorter layout and hidden states [B, n', d]."""
+    def drop(self, decision: Keep, stream: Stream, renumber: bool) -> tuple[Layout, Stream]:
+        """Apply a :class:`Keep`: the shorter layout and stream."""
         counts = self._counts(decision)
         slot_kept = (decision.mask & self.visual_valid).to(torch.int8)
         stays = self.valid.to(torch.int8)
@@ -106,9 +140,7 @@ class Layout:
         ]
         index = _last_true(stays, max(lengths))
         layout = self._take(index, lengths, counts)
-        if renumber:
-            layout = layout.renumbered()
-        return layout, hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        return layout.renumbered() if renumber else layout, stream.of(partial(taken, index=index))
 
     def _take(self, index: Tensor, lengths: list[int], visual_counts: list[int]) -> Layout:
         width = index.shape[1]
@@ -116,7 +148,8 @@ class Layout:
         return Layout(
             source=self.source.gather(1, index).masked_fill(~valid, -1),
             visual_id=self.visual_id.gather(1, index).masked_fill(~valid, -2),
-            positions=self.positions.gather(1, index),
+            place_id=self.place_id.gather(1, index).masked_fill(~valid, -2),
+            positions=positions_at(self.positions, index),
             valid=valid,
             lengths=lengths,
             visual_counts=visual_counts,
@@ -124,13 +157,18 @@ class Layout:
         )
 
     def renumbered(self) -> Layout:
-        """The same tokens with consecutive position ids, from ``start`` on."""
+        """The same tokens with consecutive position ids, from ``start`` on.
+
+        Where positions are rows (time, height, width), they say where in the image a token lies, and stay.
+        """
+        if self.positions.dim() == 3:
+            return self
         positions = (self.valid.long().cumsum(1) - 1).clamp(min=0)
         return replace(self, positions=positions if self.start is None else positions + self.start)
 
-    def replace(self, decision: Replace, hidden: Tensor, renumber: bool) -> tuple[Layout, Tensor]:
+    def replace(self, decision: Replace, stream: Stream, renumber: bool) -> tuple[Layout, Stream]:
         """Apply a :class:`Replace`: text tokens and the new visual tokens, ordered by the slots these take."""
-        new, origin = decision.hidden, decision.origin
+        origin = decision.origin
         slot = origin if decision.slot is None else decision.slot
         batch, width = origin.shape
         counts = [width] * batch if decision.counts is None else decision.counts
@@ -150,17 +188,33 @@ class Layout:
         merged = Layout(
             source=torch.cat([self.source, self.source.gather(1, of_origin).masked_fill(~known, -1)], 1),
             visual_id=torch.cat([self.visual_id, self.visual_id.gather(1, of_origin).masked_fill(~known, -1)], 1),
-            positions=torch.cat([self.positions, self.positions.gather(1, place)], 1),
+            place_id=torch.cat([self.place_id, self.place_id.gather(1, place)], 1),
+            positions=torch.cat([self.positions, positions_at(self.positions, place)], -1),
             valid=stays,
             lengths=lengths,
             visual_counts=counts,
             start=self.start,
         )
         layout = merged._take(order, lengths, counts)
-        if renumber:
-            layout = layout.renumbered()
-        together = torch.cat([hidden, new.to(hidden.dtype)], 1)
-        return layout, together.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
+        new = Stream(decision.hidden, tuple(self._mixed(decision, rows) for rows in stream.coming))
+        pairs = zip((stream.hidden, *stream.coming), (new.hidden, *new.coming), strict=True)
+        hidden, *coming = (taken(torch.cat([old, own.to(old.dtype)], 1), order) for old, own in pairs)
+        return layout.renumbered() if renumber else layout, Stream(hidden, tuple(coming))
+
+    def _mixed(self, decision: Replace, rows: Tensor) -> Tensor:
+        """What the visual tokens' rows [B, n, d] become when the tokens are replaced: combined as they are."""
+        assert decision.mix is not None  # methods without one are refused on such models
+        return decision.mix(taken(rows, self.visual))
+
+
+def taken(values: Tensor, index: Tensor) -> Tensor:
+    """Tokens of [B, n, d] at long [B, m]."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def positions_at(positions: Tensor, index: Tensor) -> Tensor:
+    """Position ids, [B, n] or [R, B, n], at long [B, m]."""
+    return positions.gather(-1, index.expand(*positions.shape[:-2], *index.shape))
 
 
 def joined(past: Past, valid: Tensor | None, rows: int = 0) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from corematching.engine import turns
 from corematching.engine.cache import Conversation, Rows, trace_layers
-from corematching.engine.layout import Layout, Past, joined
+from corematching.engine.layout import Layout, Past, Stream, joined, taken
+from corematching.engine.positions import Positions, deepstack_rows
 from corematching.engine.rows import note_prompt, open_choices
 from corematching.engine.sharing import SharedRun
 from corematching.engine.state import PromptState
@@ -31,6 +33,8 @@ def forward(
     position_ids: Tensor | None = None,
     past_key_values: Any = None,
     use_cache: bool | None = None,
+    visual_pos_masks: Tensor | None = None,
+    deepstack_visual_embeds: list[Tensor] | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
     """Stands in for the text decoder's ``forward`` while a method is installed.
@@ -57,33 +61,35 @@ def forward(
         cache = DynamicCache(config=decoder.config)  # of this pass only
     if position_ids is None:
         position_ids = torch.arange(length, device=inputs_embeds.device)[None] + (talk.seen if talk else 0)
+    positions = Positions.of(position_ids, session.family.position_rows, len(inputs_embeds))
     parts = []
     if prompt:
         masked = attention_mask
         if masked is not None:
             masked = masked[:, : masked.shape[1] - length + prompt]
-        hidden, talk = _prefill(
-            session, talk, inputs_embeds[:, :prompt], masked, position_ids[:, :prompt], cache, use_cache, kwargs
-        )
+        added = () if deepstack_visual_embeds is None else deepstack_rows(visual_pos_masks, deepstack_visual_embeds)
+        stream = Stream(inputs_embeds, added).of(lambda rows: rows[:, :prompt])
+        hidden, talk = _prefill(session, talk, stream, masked, positions.cut(0, prompt), cache, use_cache, kwargs)
         parts.append(hidden)
     if prompt < length:
         assert talk is not None
-        parts.append(_decode(session, talk, inputs_embeds[:, prompt:], position_ids[:, prompt:], cache, kwargs))
+        own = positions.cut(prompt, length)
+        parts.append(_decode(session, talk, inputs_embeds[:, prompt:], own, cache, kwargs))
     session.finish_pass(talk, kept)
     hidden = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return BaseModelOutputWithPast(last_hidden_state=decoder.norm(hidden), past_key_values=kept)
 
 
 # -------------------------------------------------------------------------------------------------------------- prefill
-def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cache, kwargs) -> tuple:
+def _prefill(session, talk, stream: Stream, attention_mask, positions, cache, use_cache, kwargs) -> tuple:
     """Run a turn's prompt: hidden states, and the conversation (None without a cache)."""
-    decoder, length = session.decoder, hidden.shape[1]
+    decoder, length = session.decoder, stream.hidden.shape[1]
     past = turns.pasts(talk, cache, attention_mask, decoder.config.num_hidden_layers)
     own = attention_mask if attention_mask is None else attention_mask[:, -length:]
     order = turns.padding_first(own) if session.acts else None
     if order is not None and own is not None:
-        hidden, own, position_ids = turns.along(hidden, order), own.gather(1, order), turns.along(position_ids, order)
-    state, prompt = turns.open_turn(session, hidden, own, position_ids, talk, past, order)
+        stream, own, positions = stream.of(partial(taken, index=order)), own.gather(1, order), positions.along(order)
+    state, prompt = turns.open_turn(session, stream.hidden, own, positions.rotary, talk, past, order)
     open_choices(session, state)
     if cache is not None:
         if talk is None:
@@ -94,37 +100,39 @@ def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cac
     layout, previous = state.prompt, None
     context: tuple = ()
     known: tuple = ()
-    hidden, layout = session.vision_tokens(state, prompt, hidden, layout, cached=cache is not None)
-    shared = SharedRun.start(session, state, layout, hidden) if cache is not None and past[0].rows == 0 else None
+    stream, layout = session.vision_tokens(state, prompt, stream, layout, cached=cache is not None)
+    shared = SharedRun.start(session, state, layout, stream) if cache is not None and past[0].rows == 0 else None
     captured = None
-    if session.capturing and cache is not None and len(hidden) == 1 and past[0].rows == 0:
-        alone = _causal_mask(decoder.config, hidden, own, 0, position_ids) is None
+    if session.capturing and cache is not None and len(stream.hidden) == 1 and past[0].rows == 0:
+        alone = _causal_mask(decoder.config, stream.hidden, own, 0, positions.text) is None
         captured = session.captured_prefill(length) if alone else None
     for run in captured.runs if captured else _one_by_one(decoder.config.num_hidden_layers):
         if shared and session.before[run.start]:
-            hidden = shared.whole(shared.hidden)
+            stream = Stream(shared.whole(shared.hidden))
         entering = layout
         for stage in session.before[run.start]:
-            hidden, layout = _reduce(session, stage, state, prompt, hidden, layout, previous, cache)
+            stream, layout = _reduce(session, stage, state, prompt, stream, layout, previous, cache)
         if shared and layout is not entering:
-            shared = shared.followed_by(layout, hidden)
+            shared = shared.followed_by(layout, stream.hidden)
         for _ in run:
             state.enter(layout)
         if shared:
             entered, hidden = shared.layer(run.start, session, cache, use_cache=use_cache, **kwargs)
+            stream = Stream(hidden)
             previous = _signals(session, run.start, entered, layout, state, cache)
             _after_layer(session, run.start, state, prompt, previous, cache, talk)
             continue
         now = (id(layout), *map(id, (past[run.start].shift, state.kv_valid[run.start])), past[run.start].rows)
         if now != known:
-            context, known = _context(decoder, hidden, layout, run.start, state, own, position_ids, cache), now
-        mask, positions, rope = context
+            context, known = _context(decoder, stream.hidden, layout, run.start, state, own, positions, cache), now
+        mask, numbers, rope = context
         if captured:
-            entered, hidden = captured(run, hidden, rope, positions, cache)
+            entered, hidden = captured(run, stream.hidden, rope, cache)
         else:
             entered, hidden = run_layers(
-                decoder, run, hidden, mask, rope, positions, cache, use_cache=use_cache, **kwargs
+                decoder, run, stream.hidden, mask, rope, numbers, cache, use_cache=use_cache, **kwargs
             )
+        stream = stream.after_layer(hidden)
         previous = _signals(session, run[-1], entered, layout, state, cache)
         for index in run:
             _after_layer(session, index, state, prompt, previous, cache, talk)
@@ -133,22 +141,22 @@ def _prefill(session, talk, hidden, attention_mask, position_ids, cache, use_cac
         talk.prefilled = talk.seen
         talk.reduced = talk.reduced or any(rows != talk.seen for rows in state.kv_rows)
         talk.reduced = talk.reduced or any(shift is not None for shift in state.shifts)
+    hidden = stream.hidden
     if order is not None and layout is state.prompt:  # every token back to where it was given
         hidden = torch.empty_like(hidden).scatter(1, order[..., None].expand_as(hidden), hidden)
     session.finish_prefill(state, layout)
     return hidden, talk
 
 
-def _context(decoder, hidden, layout, layer, state, own, position_ids, cache) -> tuple:
-    """Mask, position ids and rotary embedding of a layer's prefill."""
+def _context(decoder, hidden, layout, layer, state, own, positions: Positions, cache) -> tuple:
+    """Mask, position ids for the attention kernel and rotary embedding of a layer's prefill."""
     past = state.past[layer]
     if layout is state.prompt and past.rows == 0:
-        mask = _causal_mask(decoder.config, hidden, own, 0 if cache is not None else None, position_ids)
-        positions = position_ids
-    else:
-        mask = _causal_mask(decoder.config, hidden, state.kv_valid[layer], past.rows)
-        positions = layout.positions if past.shift is None else layout.positions - past.shift
-    return mask, positions, decoder.rotary_emb(hidden, position_ids=positions)
+        mask = _causal_mask(decoder.config, hidden, own, 0 if cache is not None else None, positions.text)
+        return mask, positions.text, decoder.rotary_emb(hidden, position_ids=positions.rotary)
+    mask = _causal_mask(decoder.config, hidden, state.kv_valid[layer], past.rows)
+    rotary = layout.positions if past.shift is None else layout.positions - past.shift
+    return mask, Positions.text_of(rotary), decoder.rotary_emb(hidden, position_ids=rotary)
 
 
 def _causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, rows: int | None, positions: Any = None) -> Any:
@@ -163,7 +171,7 @@ def _causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, rows: int | 
 
 
 def run_layers(
-    decoder: Any, layers: range, hidden: Tensor, mask: Any, rope: Any, positions: Tensor, cache: Any, **kwargs: Any
+    decoder: Any, layers: range, hidden: Tensor, mask: Any, rope: Any, positions: Any, cache: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """Run stock layers over hidden states: what entered the last one, and what left it."""
     entered = hidden
@@ -200,14 +208,15 @@ def _reduce(
     stage: BeforeLayer,
     state: PromptState,
     prompt: Prompt,
-    hidden: Tensor,
+    stream: Stream,
     layout: Layout,
     previous: AttentionSignals | None,
     cache: Any,
-) -> tuple[Tensor, Layout]:
+) -> tuple[Stream, Layout]:
     """Ask one stage for its decision and carry it out."""
     if max(layout.visual_counts) == 0:
-        return hidden, layout
+        return stream, layout
+    hidden = stream.hidden
     attention = {stage.layer: _signals(session, stage.layer, hidden, layout, state, cache)}
     if previous is not None:
         # Right after its layer ran, the cache holds exactly the keys that layer computed.
@@ -226,15 +235,13 @@ def _reduce(
     )
     with state.ledger.charging([count > 0 for count in layout.visual_counts]):
         decision = stage.select(view)
-    if decision is None:
-        return hidden, layout
+    if decision is None or (isinstance(decision, Keep) and layout.keeps_everything(decision)):
+        return stream, layout
     if isinstance(decision, Keep):
-        if layout.keeps_everything(decision):
-            return hidden, layout
-        layout, hidden = layout.drop(decision, hidden, stage.renumber)
+        layout, stream = layout.drop(decision, stream, stage.renumber)
     else:
-        layout, hidden = layout.replace(decision, hidden, stage.renumber)
-    return hidden, layout
+        layout, stream = layout.replace(decision, stream, stage.renumber)
+    return stream, layout
 
 
 def cached_keys(cache: Any, layer: int, signals: AttentionSignals) -> Tensor | None:
@@ -309,7 +316,7 @@ def _shrink_kv(
 
 
 # --------------------------------------------------------------------------------------------------------------- decode
-def _decode(session, talk: Conversation, hidden: Tensor, position_ids: Tensor, cache: Any, kwargs: dict) -> Tensor:
+def _decode(session, talk: Conversation, hidden: Tensor, given: Positions, cache: Any, kwargs: dict) -> Tensor:
     """Run decoded tokens behind whatever rows each layer holds."""
     decoder, state = session.decoder, talk.state
     length = hidden.shape[1]
@@ -329,8 +336,8 @@ def _decode(session, talk: Conversation, hidden: Tensor, position_ids: Tensor, c
                 if valid is not None:
                     valid = joined(Past(rows, valid[:, :rows]), None, rows + length - min(rows, valid.shape[1]))
                 mask = _causal_mask(decoder.config, hidden, valid, rows)
-                positions = position_ids if shift is None else position_ids - shift
-                contexts[key] = mask, positions, decoder.rotary_emb(hidden, position_ids=positions)
+                own = given if shift is None else given.minus(shift)
+                contexts[key] = mask, own.text, decoder.rotary_emb(hidden, position_ids=own.rotary)
             mask, positions, rope = contexts[key]
             hidden = layer(
                 hidden,

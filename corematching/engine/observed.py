@@ -69,7 +69,7 @@ class AttentionTap:
             self.flops.append([0.0] * len(hidden))
         reading = len(self.passes) == 1
         rows = max(1, *self.rows) if reading else hidden.shape[1]
-        queries = rotate(heads_of(module.q_proj(hidden[:, -rows:]), module.head_dim), cos[:, -rows:], sin[:, -rows:])
+        queries = rotate(heads_of(module, "q", hidden[:, -rows:]), cos[:, -rows:], sin[:, -rows:])
         keys = kwargs["past_key_values"].layers[index].keys
         keys = keys.repeat_interleave(module.num_key_value_groups, dim=1)
         length = keys.shape[2]

@@ -14,6 +14,7 @@ from corematching.errors import UserError
 from corematching.methods.base import Guide, Method, PredictNeurons, VisionOutput
 from corematching.models.families import family_of
 from corematching.models.loading import load_config
+from corematching.models.support import stages_on
 
 
 def check_methods(methods: Iterable[Method], config: Any, path: str) -> None:
@@ -29,10 +30,9 @@ def check_methods(methods: Iterable[Method], config: Any, path: str) -> None:
     UserError
         Names the parameter and what would be valid.
     """
-    geometry = family_of(config).geometry(config)
     seen: set[tuple[Any, str | None]] = set()
     for method in methods:
-        for stage in method.stages(geometry):
+        for stage in stages_on(config, method):
             if isinstance(stage, PredictNeurons):
                 seen.add((_check_predictors, stage.file))
             elif isinstance(stage, Guide):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +21,15 @@ from corematching.engine.captured import Capture, CapturedPrefill, cuda_graph
 from corematching.engine.checks import check_model, unwrapped
 from corematching.engine.ffn import FFNBuilder, is_streamed, neuron_major
 from corematching.engine.guide import Guidance
-from corematching.engine.layout import Layout
+from corematching.engine.layout import Layout, Stream
 from corematching.engine.predictors import TokenwiseFFN, load_predictors
 from corematching.engine.rows import install_readers
 from corematching.engine.sharing import Sharing, tower_of
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
 from corematching.engine.views import FFNSignals, Prompt
-from corematching.engine.vision import TowerRun, image_decision, images_by_row, per_sample, run_tower, stages_of
+from corematching.engine.vision import TowerRun, image_decision, per_sample, run_tower, stages_of
+from corematching.engine.visual import images_by_row
 from corematching.errors import UserError
 from corematching.methods.base import (
     AfterPrefill,
@@ -41,6 +43,7 @@ from corematching.methods.base import (
     Replace,
 )
 from corematching.models.families import family_of
+from corematching.models.support import stages_on
 
 MOST_HELD = 2**30
 """Bytes of FFN activations that may wait for the first decode step of a prompt or batch."""
@@ -86,7 +89,7 @@ class Session:
         layers: Any = self.decoder.layers
         self.streams = any(is_streamed(layer.mlp) for layer in layers)
         """Whether FFN weights are on the device only while they are used (decided outside the method's context)."""
-        stages = list(method.stages(self.geometry))
+        stages = stages_on(model.config, method)
         check_model(model, self.decoder, stages)
         self.acts = bool(stages)
         self.blocks, self.output = stages_of(stages)
@@ -135,6 +138,8 @@ class Session:
         self.sharing: Sharing | None = None
         """How the rows of the prompts that come next begin alike, if they do."""
         self.input_ids: Tensor | None = None
+        self.visual_inputs: dict[str, Any] = {}
+        """What the latest images came with, pixels left out: sizes, grids."""
         self.final: Layout | None = None
         """The last layer's sequence, if the latest forward pass ran a prompt that was shortened."""
         self.logits_to_keep: int | Tensor = 0
@@ -156,9 +161,11 @@ class Session:
         if self.guide is not None:
             self.hook(base.register_forward_pre_hook(self.guide.note_inputs, with_kwargs=True))
             self._replace(self.model, "generate", self.guide.generate(self.model.generate), stacked=True)
-        if self.blocks is not None or self.output is not None:
+        if self.acts_on_tower:
             self._replace(base, "get_image_features", self._image_features(base.get_image_features))
             self.hook(base.register_forward_hook(self._put_image_hidden))
+        elif self.geometry.image_tokens is None:
+            self._replace(base, "get_image_features", self._noting_images(base.get_image_features))
         wanted = {stage.layer - 1 for stages in self.before.values() for stage in stages if stage.activations}
         wanted |= {stage.layer for stages in self.after.values() for stage in stages if stage.activations}
         wanted |= set(self.choose)
@@ -192,6 +199,7 @@ class Session:
         self.decoders.clear()
         self.activations.clear()
         self.attended.clear()
+        self.visual_inputs = {}
         self.tower_run = self.current = self.input_ids = self.captured = self.final = self.image_hidden = None
 
     def forget_pass(self) -> None:
@@ -227,9 +235,33 @@ class Session:
         else:
             self._undo.append(lambda: object.__setattr__(module, name, before))
 
+    @property
+    def acts_on_tower(self) -> bool:
+        """Whether the method decides inside the vision tower or at its output."""
+        return self.blocks is not None or self.output is not None
+
     # ------------------------------------------------------------------------------------------------------- hooks
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.input_ids = kwargs.get("input_ids", args[0] if args else None)
+        # generate() encodes images before this pass, and then takes what describes them out of its arguments.
+        self.visual_inputs |= self._descriptions(kwargs)
+        if self.acts and "video" in (kwargs.get("mm_encoder_outputs") or {}) | _videos(kwargs):
+            raise UserError(f"method {self.name!r} reads images, not videos: give its frames as images")
+
+    def _descriptions(self, kwargs: dict) -> dict[str, Any]:
+        names = (name for name in self.family.visual_inputs if name != "pixel_values")
+        return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+    def _noting_images(self, stock: Callable) -> Callable:
+        """The stock model's image features; notes what describes the images."""
+        names = list(inspect.signature(stock).parameters)
+
+        @functools.wraps(stock)
+        def features(*args: Any, **kwargs: Any) -> Any:
+            self.visual_inputs = self._descriptions(dict(zip(names, args, strict=False)) | kwargs)
+            return stock(*args, **kwargs)
+
+        return features
 
     def _note_head(self, module: nn.Module, args: tuple) -> None:
         if self.current is not None:
@@ -365,11 +397,11 @@ class Session:
         return self.captured
 
     def vision_tokens(
-        self, state: PromptState, prompt: Prompt, hidden: Tensor, layout: Layout, cached: bool
-    ) -> tuple[Tensor, Layout]:
+        self, state: PromptState, prompt: Prompt, stream: Stream, layout: Layout, cached: bool
+    ) -> tuple[Stream, Layout]:
         """Put the reduced (or, if nothing was reduced, all) vision features into the sequence."""
-        if (self.blocks is None and self.output is None) or sum(state.images) == 0:
-            return hidden, layout
+        if not self.acts_on_tower or not any(layout.visual_counts):
+            return stream, layout
         # Taken once: a later prompt must bring its own images, and the tower's states need not outlive prefill. Within
         # one generate call without a cache, the same prompt comes again.
         run = self.tower_run
@@ -381,24 +413,26 @@ class Session:
             shared = self.sharing
             if shared and self.output is not None and self.output.question:
                 run, shared = run.of_images(shared.shown), None
-            images = shared.images if shared else images_by_row(state.images, len(run.origin))
+            sizes = [self.geometry.image_tokens or 1] * len(run.origin)
+            images = shared.images if shared else images_by_row(sizes, layout.visual_counts)
             run.book(prompt, images, state.ledger)
             run.replaced = self._replaced(run)
         state.vision_tokens = [[[tokens[i] for i in own] for own in run.images] for tokens in run.attention_tokens]
         state.vision_mlp_tokens = [[sum(tokens[i] for i in own) for own in run.images] for tokens in run.mlp_tokens]
         if run.replaced is None:
+            hidden = stream.hidden
             rows = torch.tensor([i for own in run.images for i in own], device=hidden.device)
             features = run.projected[rows]
             self.image_hidden = run.projected.flatten(0, 1)
-            return hidden.masked_scatter(prompt.visual_mask[..., None], features.to(hidden.dtype)), layout
+            return Stream(hidden.masked_scatter(prompt.visual_mask[..., None], features.to(hidden.dtype))), layout
         decision, replaced = run.replaced
         counts = decision.counts or [decision.origin.shape[1]] * len(decision.origin)
         self.image_hidden = torch.cat([own[:count] for own, count in zip(decision.hidden, counts, strict=True)])
         renumber = self.output.renumber if self.output is not None else self.blocks.renumber  # type: ignore[union-attr]
         if not run.projects_all:
             state.projected_tokens = list(replaced.counts or [])
-        layout, hidden = layout.replace(replaced, hidden, renumber)
-        return hidden, layout
+        layout, stream = layout.replace(replaced, stream, renumber)
+        return stream, layout
 
     def _replaced(self, run: TowerRun) -> tuple[Replace, Replace] | None:
         """What the tower's output becomes per image and per sample; None when nothing was reduced."""
@@ -436,6 +470,11 @@ class Session:
             state.neurons[stage.layer] = chosen.index
             index = chosen.index if state.order is None else chosen.index[state.order]
             state.ffn[stage.layer] = self.build_ffn(self.decoder.layers[stage.layer].mlp, index)
+
+
+def _videos(kwargs: dict) -> dict[str, Any]:
+    given = kwargs.get("pixel_values_videos")
+    return {} if given is None else {"video": given}
 
 
 def _by_layer(stages: list[Any], kind: Any) -> defaultdict[int, list[Any]]:

@@ -24,7 +24,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from corematching.engine.cache import Rows
-from corematching.engine.layout import Layout
+from corematching.engine.layout import Layout, Stream
 from corematching.engine.state import PromptState
 from corematching.engine.vision import TowerRun
 from corematching.methods.base import BeforeLayer, ChooseNeurons, Guide, Stage, VisionBlocks, VisionDrop, VisionOutput
@@ -161,16 +161,18 @@ def sharing_prompts(model: Any, sharing: Sharing) -> Iterator[None]:
     """Let the next prompt's rows share their beginnings under the method installed on ``model``."""
     session = model._corematching
     base = session.family.base(model)
-    acts_on_tower = "get_image_features" in vars(base)
+    shadow = vars(base).get("get_image_features")
     session.sharing = sharing
-    if not acts_on_tower:
+    if not session.acts_on_tower:
         object.__setattr__(base, "get_image_features", _once_per_image(base.get_image_features, sharing))
     try:
         yield
     finally:
         session.sharing = None
-        if not acts_on_tower:
+        if not session.acts_on_tower:
             object.__delattr__(base, "get_image_features")
+            if shadow is not None:
+                object.__setattr__(base, "get_image_features", shadow)
 
 
 def _once_per_image(stock: Callable, sharing: Sharing) -> Callable:
@@ -221,7 +223,11 @@ class SharedRun:
         """Per group: tokens of its beginning."""
         self.hidden = self._split(hidden)
         end = self.hidden.end.shape[1]
-        begin_positions = self._beginning(layout.positions)
+        # Rows of position ids (time, height, width) stand in front of the batch.
+        rows = layout.positions if layout.positions.dim() == 3 else layout.positions[None]
+        begin_positions = torch.stack([self._beginning(row) for row in rows]).reshape(
+            *layout.positions.shape[:-2], len(self.begins), -1
+        )
         begin_valid = self._beginning(layout.valid) if len(set(self.begins)) > 1 else None
         config = decoder.config
         self.begin_mask = create_causal_mask(
@@ -233,16 +239,16 @@ class SharedRun:
             attention_mask=layout.valid,
             past_key_values=Rows(self.width - end),  # type: ignore[arg-type]
         )
-        end_positions = layout.positions[:, self.width - end :]
-        self.positions = Parts(begin_positions, end_positions)
+        end_positions = layout.positions[..., self.width - end :]
         self.begin_rope = decoder.rotary_emb(self.hidden.begin, position_ids=begin_positions)
         self.end_rope = decoder.rotary_emb(self.hidden.end, position_ids=end_positions)
 
     @classmethod
-    def start(cls, session: Any, state: PromptState, layout: Layout, hidden: Tensor) -> SharedRun | None:
+    def start(cls, session: Any, state: PromptState, layout: Layout, stream: Stream) -> SharedRun | None:
         """The first stretch of a prompt, from layer 0 on; None where nothing is shared."""
         sharing = session.sharing
-        if sharing is None or not sharing.pays or not cls._alike(sharing, layout, hidden):
+        hidden = stream.hidden
+        if sharing is None or not sharing.pays or stream.coming or not cls._alike(sharing, layout, hidden):
             return None
         # Where a stage has changed the visual tokens already, layers compute something of this method's own.
         common = layout is state.prompt and session.output is None and session.blocks is None
@@ -276,7 +282,7 @@ class SharedRun:
             self.hidden.begin,
             attention_mask=self.begin_mask,
             position_embeddings=self.begin_rope,
-            position_ids=self.positions.begin,
+            position_ids=None,
             past_key_values=first,
             **kwargs,
         )
@@ -286,7 +292,7 @@ class SharedRun:
             self.hidden.end,
             attention_mask=self.end_mask,
             position_embeddings=self.end_rope,
-            position_ids=self.positions.end,
+            position_ids=None,
             past_key_values=second,
             **kwargs,
         )

@@ -15,6 +15,7 @@ from corematching.engine.layout import NO_PAST, Layout, Past, joined
 from corematching.engine.rows import RowChoices
 from corematching.engine.trace import GuideTrace, SampleTrace
 from corematching.engine.views import Ledger
+from corematching.engine.visual import PromptImages
 
 FFN_MODES = ("whole", "masked", "sliced")
 """How a decode step computes FFNs with chosen neurons; the first that some layer used describes a prompt."""
@@ -26,7 +27,7 @@ class PromptState:
 
     prompt: Layout
     """The turn's sequence before any reduction."""
-    images: list[int]
+    images: PromptImages
     past: list[Past] = field(default_factory=list)
     """Per layer."""
     past_tokens: list[int] = field(default_factory=list)
@@ -41,7 +42,7 @@ class PromptState:
     kv_lengths: list[list[int]] = field(default_factory=list)
     """Per layer and sample: valid KV rows after prefill."""
     shifts: list[Tensor | None] = field(default_factory=list)
-    """Per layer: long [B, 1], how far decode positions lie below the original ones; None = 0."""
+    """Per layer: long [B, 1] (or [R, B, 1]), how far decode positions lie below the original ones; None = 0."""
     neurons: dict[int, Tensor] = field(default_factory=dict)
     """Per layer: chosen FFN neurons [B, k]."""
     ffn: dict[int, SlicedFFN | MaskedFFN] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class PromptState:
     predictor_weights: float = 0.0
     zeroed_kv: list[int] = field(init=False)
     vision_tokens: list[list[list[int]]] = field(default_factory=list)
-    """Per tower layer and sample: tokens of each image that enter its attention."""
+    """Per tower layer and sample: lengths of the sequences that its attention runs over (images, crops or windows)."""
     vision_mlp_tokens: list[list[int]] = field(default_factory=list)
     """Per tower layer and sample: tokens of all images that enter its MLP."""
     projected_tokens: list[int] = field(default_factory=list)
@@ -99,7 +100,7 @@ class PromptState:
     def _shift(self, layout: Layout, past: Past) -> Tensor | None:
         if layout is self.prompt:
             return past.shift
-        own = self.prompt.positions[:, -1:] - layout.positions[:, -1:]
+        own = self.prompt.positions[..., -1:] - layout.positions[..., -1:]
         return own if past.shift is None else own + past.shift
 
     # -------------------------------------------------------------------------------------------------------- decoding
@@ -136,7 +137,7 @@ class PromptState:
         def of(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
-            return moved.setdefault(id(values), values.index_select(0, rows.to(values.device)))
+            return moved.setdefault(id(values), values.index_select(-2, rows.to(values.device)))
 
         self.kv_valid, self.shifts = [of(valid) for valid in self.kv_valid], [of(shift) for shift in self.shifts]
         self.order = rows if self.order is None else self.order[rows]
@@ -177,7 +178,8 @@ class PromptState:
         return SampleTrace(
             prompt_tokens=self.prompt.lengths[row],
             image_tokens=self.prompt.visual_counts[row],
-            images=self.images[row],
+            images=len(self.images.rows[row]),
+            patches=self.images.patches[row],
             visual_tokens=[entering[id(layout)] for layout in self.layouts],
             llm_tokens=[layout.lengths[row] for layout in self.layouts],
             kv_lengths=[lengths[row] for lengths in self.kv_lengths],

@@ -12,6 +12,7 @@ from corematching.engine.calls import check_context
 from corematching.engine.layout import NO_PAST, Layout, Past, joined
 from corematching.engine.state import PromptState
 from corematching.engine.views import Prompt
+from corematching.engine.visual import images_of, tower_tokens
 from corematching.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,12 +59,6 @@ def padding_first(mask: Tensor | None) -> Tensor | None:
     return valid.to(torch.int8).argsort(dim=1, stable=True)
 
 
-def along(values: Tensor, order: Tensor) -> Tensor:
-    """Rows of [B or 1, n, ...] in another order."""
-    values = values.expand(order.shape[0], *values.shape[1:])
-    return values.gather(1, order if values.dim() == 2 else order[..., None].expand_as(values))
-
-
 def open_turn(
     session: Session,
     embeds: Tensor,
@@ -80,23 +75,16 @@ def open_turn(
     if order is not None:
         ids = ids.gather(1, order)
     valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    start = _start(position_ids, valid) if past[0].rows else None
+    start = _start(position_ids, valid) if past[0].rows and position_ids.dim() == 2 else None
     image_token = session.family.image_token_id(session.model.config)
     layout = Layout.of_prompt(ids, valid, position_ids, image_token, start, order)
-    image_tokens = session.geometry.image_tokens
-    assert image_tokens is not None
-    images = [count // image_tokens for count in layout.visual_counts]
+    images = images_of(session, ids, layout.visual_counts)
     earlier = _earlier(talk)
     check_context(session.model.config, layout.lengths, earlier)
     state = PromptState(layout, images, past, earlier)
     state.kv_row_bytes = session.kv_row_bytes(embeds.element_size())
     state.predictor_weights = sum(ffn.predictor.flops / 2 for ffn in session.tokenwise.values())
-    depth, patches = (
-        session.geometry.vision_depth,
-        image_tokens + int(session.family.has_cls(session.model.config)),
-    )
-    state.vision_tokens = [[[patches] * count for count in images]] * depth
-    state.vision_mlp_tokens = [[patches * count for count in images]] * depth
+    state.vision_tokens, state.vision_mlp_tokens = tower_tokens(session, images)
     state.projected_tokens = list(layout.visual_counts)
     session.current = state
     session.activations.clear()
@@ -108,7 +96,7 @@ def open_turn(
         valid,
         list(layout.lengths),
         list(layout.visual_counts),
-        session.family.grid(session.model.config),
+        images,
     )
     return state, prompt
 

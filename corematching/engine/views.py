@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from corematching.engine.ffn import down_weight, sliceable
-from corematching.engine.layout import NO_PAST, Layout, Past, joined
+from corematching.engine.layout import NO_PAST, Layout, Past, joined, positions_at, taken
+from corematching.engine.visual import PromptImages
+from corematching.models.families import ImageTokens
 
 
 class Ledger:
@@ -49,8 +51,12 @@ class Prompt:
     valid: Tensor
     lengths: list[int]
     image_counts: list[int]
-    grid: tuple[int, int]
+    shown: PromptImages
     notes: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> list[list[ImageTokens]]:
+        return self.shown.rows
 
     @cached_property
     def question_lengths(self) -> list[int]:
@@ -65,9 +71,11 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
 
 
-def heads_of(projected: Tensor, head_dim: int) -> Tensor:
-    """[B, n, H * hd] -> [B, H, n, hd]."""
-    return projected.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+def heads_of(attn: Any, part: str, hidden: Tensor) -> Tensor:
+    """Queries ("q") or keys ("k") before rotation: normed hidden states [B, n, d] -> [B, H, n, hd]."""
+    heads = getattr(attn, f"{part}_proj")(hidden).unflatten(-1, (-1, attn.head_dim))
+    norm = getattr(attn, f"{part}_norm", None)
+    return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
 @dataclass
@@ -87,7 +95,7 @@ class AttentionSignals:
 
     @property
     def positions(self) -> Tensor:
-        """Position ids [B, n] under this layer's numbering."""
+        """Position ids, [B, n] or [R, B, n], under this layer's numbering."""
         return self.layout.positions if self.past.shift is None else self.layout.positions - self.past.shift
 
     @property
@@ -103,22 +111,23 @@ class AttentionSignals:
     def of_sample(self, row: int) -> AttentionSignals:
         """The same of one sample alone, with a ledger of its own."""
         own, past = slice(row, row + 1), self.past
-        names = ("source", "visual_id", "positions", "valid", "lengths", "visual_counts")
-        layout = replace(self.layout, **{name: getattr(self.layout, name)[own] for name in names})
-        past = replace(past, shift=None if past.shift is None else past.shift[own], lengths=past.lengths[own])
+        shift = None if past.shift is None else past.shift[..., own, :]
+        past = replace(past, shift=shift, lengths=past.lengths[own])
+        layout = self.layout.of_sample(row)
         return AttentionSignals(self.block, self.hidden[own], layout, self.rotary, Ledger(), past=past)
 
-    def _project(self, linear: Any, hidden: Tensor, counts: list[int]) -> Tensor:
+    def _project(self, part: str, hidden: Tensor, counts: list[int]) -> Tensor:
+        linear = getattr(self.attn, f"{part}_proj")
         self.ledger.spend([2 * count * linear.in_features * linear.out_features for count in counts])
-        return heads_of(linear(self.block.input_layernorm(hidden)), self.attn.head_dim)  # type: ignore[operator]
+        return heads_of(self.attn, part, self.block.input_layernorm(hidden))  # type: ignore[operator]
 
     def queries(self, rows: Tensor, counts: list[int] | None = None, rotated: bool = True) -> Tensor:
         """[B, H, R, hd] for rows [B, R], of which ``counts[b]`` (default: all) are sample b's own."""
-        hidden = self.hidden.gather(1, rows[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        projected = self._project(self.attn.q_proj, hidden, self.own(rows, counts))
+        hidden = taken(self.hidden, rows)
+        projected = self._project("q", hidden, self.own(rows, counts))
         if not rotated:
             return projected
-        return rotate(projected, *self.rotary(hidden, position_ids=self.positions.gather(1, rows)))
+        return rotate(projected, *self.rotary(hidden, position_ids=positions_at(self.positions, rows)))
 
     @staticmethod
     def own(rows: Tensor, counts: list[int] | None) -> list[int]:
@@ -130,7 +139,7 @@ class AttentionSignals:
         keys = self.cached_keys
         if keys is None:
             cos, sin = self.rotary(self.hidden, position_ids=self.positions)
-            keys = rotate(self._project(self.attn.k_proj, self.hidden, self.layout.lengths), cos, sin)
+            keys = rotate(self._project("k", self.hidden, self.layout.lengths), cos, sin)
         return keys.repeat_interleave(self.attn.num_key_value_groups, dim=1)
 
     def last_row(self) -> Tensor:
@@ -198,6 +207,9 @@ class LayerSignals:
     def source(self) -> Tensor:
         return self.layout.source
 
+    def fact(self, name: str) -> Tensor:
+        return self.prompt.shown.fact(name, self.layout.place_id.gather(1, self.layout.visual))
+
     def _signals(self, layer: int) -> AttentionSignals:
         if layer not in self._attention:
             raise ValueError(f"attention of layer {layer} is not known at the input of layer {self.layer}")
@@ -232,7 +244,7 @@ class LayerSignals:
 
     def position_kernel(self, layer: int, rows: Tensor, counts: list[int] | None = None) -> Tensor:
         signals = self._signals(layer)
-        ones = self.hidden.new_ones(rows.shape[0], 1, self.layout.positions.shape[1], signals.attn.head_dim)
+        ones = self.hidden.new_ones(rows.shape[0], 1, self.layout.valid.shape[1], signals.attn.head_dim)
         rotated = rotate(ones, *signals.rotary(self.hidden, position_ids=self.layout.positions))[:, 0]
         of_rows = rotated.gather(1, rows[..., None].expand(-1, -1, rotated.shape[-1]))
         pairs = zip(signals.own(rows, counts), self.layout.lengths, strict=True)

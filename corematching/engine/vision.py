@@ -258,22 +258,6 @@ def image_decision(run: TowerRun, stage: VisionOutput | None) -> Replace | None:
     return Replace(chosen if run.projects_all else run.projector(chosen), index, counts=counts)
 
 
-def images_by_row(images: list[int], total: int) -> list[range]:
-    """Which of ``total`` images belong to each batch row; consecutive rows share images when beams were expanded.
-
-    Parameters
-    ----------
-    images
-        Images of each batch row.
-    """
-    beams = max(1, sum(images) // max(total, 1))
-    rows, first = [], 0
-    for sample in range(0, len(images), beams):
-        rows += [range(first, first + images[sample])] * beams
-        first += images[sample]
-    return rows
-
-
 def per_sample(decision: Replace, images: Sequence[Sequence[int]], image_tokens: int) -> Replace:
     """Turn per-image tokens into per-sample ones; samples may hold several images, beams repeat their sample's.
 

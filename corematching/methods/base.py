@@ -87,12 +87,16 @@ class Replace:
         token takes; tokens of one slot keep their given order. Defaults to ``origin``.
     counts
         Real tokens per sample if rows are padded at the end; None means K everywhere.
+    mix
+        Combines any per-token rows [B, V, c] as the tokens were combined, to [B, K, c]: models that add visual features
+        between layers (deepstack) need what they add to follow the tokens. Such models refuse stages that bring none.
     """
 
     hidden: Tensor
     origin: Tensor
     slot: Tensor | None = None
     counts: list[int] | None = None
+    mix: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,10 @@ class BeforeLayer:
     attended: bool = False
     """Ask for the states of the layer before between its attention (after the norm) and its FFN."""
     renumber: bool = False
-    """Give the remaining tokens position ids 0..n-1 instead of their original ones."""
+    """Give the remaining tokens position ids 0..n-1 instead of their original ones; rows of position ids that say where
+    in the image a token lies (mrope) stay."""
+    grids: bool = False
+    """Needs visual tokens that are plain grids, tile by tile, without newline tokens."""
 
 
 @dataclass(frozen=True)

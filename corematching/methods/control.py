@@ -17,6 +17,8 @@ class Control(Method):
     keep: Budget
     layer: int
     seed: int
+    grids: ClassVar[bool] = False
+    """Whether it needs visual tokens that are plain grids."""
     acts_on: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __post_init__(self) -> None:
@@ -25,7 +27,7 @@ class Control(Method):
     def stages(self, geometry: Geometry) -> list[Stage]:
         check_count("keep", self.keep, geometry.image_tokens)
         check_layer("layer", self.layer, geometry.depth, first=-1)
-        return [BeforeLayer(max(self.layer, 0), self.select)]
+        return [BeforeLayer(max(self.layer, 0), self.select, grids=self.grids)]
 
     def select(self, view: LayerView) -> Keep | Replace | None:
         """Decide which tokens go on."""

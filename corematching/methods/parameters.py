@@ -160,6 +160,21 @@ def check_falling(name: str, keeps: Sequence[Budget], tokens: int | None) -> Non
         raise UserError(f"{name}={list(keeps)} is not valid: a layer cannot keep more than the one before it left")
 
 
+def spread(count: int, sizes: Sequence[int]) -> list[int]:
+    """A count shared out in proportion to ``sizes``, at least one each; what does not divide goes to the largest
+    remainders, the first ones on ties. The shares sum to ``count`` if that is at least their number.
+    """
+    total = sum(sizes)
+    shares = [count * size // total for size in sizes]
+    remainders = sorted(range(len(sizes)), key=lambda i: (-(count * sizes[i] % total), i))
+    for i in remainders[: count - sum(shares)]:
+        shares[i] += 1
+    while min(shares) < 1 and max(shares) > 1:
+        shares[shares.index(max(shares))] -= 1
+        shares[shares.index(min(shares))] += 1
+    return shares
+
+
 def count_of(keep: Budget, tokens: int) -> int:
     """How many of ``tokens`` a budget keeps: a count is capped, a fraction is truncated but at least 1."""
     if isinstance(keep, int):

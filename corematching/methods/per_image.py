@@ -11,8 +11,11 @@ from torch import Tensor
 
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Geometry, Guide, Keep, Method, Replace, Stage
+from corematching.methods.parameters import spread
 from corematching.methods.views import LayerView
 
+Sizes = tuple[int, ...]
+"""Visual tokens of each of a prompt's images."""
 BUDGETS = ("keep", "keeps", "schedule")
 """Parameters that say how many visual tokens of a prompt stay."""
 
@@ -22,9 +25,9 @@ class PerImage(Method):
     """A token method that chooses at a decoder layer, asked about one image at a time.
 
     Such methods rank all visual tokens of a prompt together, so that with several images one may lose almost all of
-    its tokens. Here every image keeps its share: counts are spread in proportion to the images' tokens (all images of a
-    LLaVA prompt have equally many; what does not divide goes to the first ones), fractions are of each image, adaptive
-    budgets adapt to each. Prompts with one image are left to the method. Signals are computed once per image, and cost
+    its tokens. Here every image keeps its share: counts are spread in proportion to the images' tokens (where images
+    have equally many, what does not divide goes to the first ones), fractions are of each image, adaptive budgets adapt
+    to each. Prompts with one image are left to the method. Signals are computed once per image, and cost
     that much.
 
     Parameters
@@ -59,12 +62,12 @@ class PerImage(Method):
         return [self._split(number, stage, geometry) for number, stage in enumerate(stages)]
 
     def _split(self, number: int, stage: Stage, geometry: Geometry) -> Stage:
-        def of(images: int, image: int, name: str) -> Callable:
+        def of(sizes: Sizes, image: int, name: str) -> Callable:
             """The same stage's function under an image's share of the budget."""
-            return getattr(list(self._share(images, image).stages(geometry))[number], name)
+            return getattr(list(self._share(sizes, image).stages(geometry))[number], name)
 
         if isinstance(stage, BeforeLayer):
-            return replace(stage, select=lambda view: self._decide(view, geometry.image_tokens or 1, stage.select, of))
+            return replace(stage, select=lambda view: self._decide(view, stage.select, of))
         if isinstance(stage, Guide):
 
             def ranked(name: str) -> Callable:
@@ -72,9 +75,8 @@ class PerImage(Method):
                     whole = getattr(stage, name)
                     return self._decide(
                         view,
-                        geometry.image_tokens or 1,
                         lambda view: whole(scores, view),
-                        lambda images, image, _: _on_scores(of(images, image, name), scores),
+                        lambda sizes, image, _: _on_scores(of(sizes, image, name), scores),
                     )
 
                 return select
@@ -82,41 +84,41 @@ class PerImage(Method):
             return replace(stage, select=ranked("select"), rescore=ranked("rescore"))
         return stage
 
-    def _share(self, images: int, image: int) -> Method:
+    def _share(self, sizes: Sizes, image: int) -> Method:
         """The method with one image's share of every count among its budgets."""
         shares = {
-            field.name: _shared(field.name, getattr(self.method, field.name), images, image)
+            field.name: _shared(field.name, getattr(self.method, field.name), sizes, image)
             for field in fields(self.method)  # type: ignore[arg-type]
             if field.name in BUDGETS
         }
         return replace(self.method, **shares)  # type: ignore[type-var]
 
     def _decide(
-        self, view: LayerView, image_tokens: int, whole: Callable[[LayerView], Any], of: Callable
+        self, view: LayerView, whole: Callable[[LayerView], Any], of: Callable[[Sizes, int, str], Callable]
     ) -> Keep | Replace | None:
-        images = [count // image_tokens for count in view.prompt.image_counts]
-        if max(images) < 2:
+        sizes = [tuple(image.count for image in own) for own in view.prompt.images]
+        if max(map(len, sizes)) < 2:
             return whole(view)
-        owner = view.origin.cummax(1).values.clamp(min=0) // image_tokens
+        owner = view.fact("image")
         parts = []
-        for many in sorted({count for count in images if count}):
-            own = torch.tensor([count == many for count in images], device=owner.device)[:, None]
-            for image in range(many):
-                part = _OneImage(view, (owner == image) & own & view.visual_valid, image_tokens)
+        for alike in sorted({own for own in sizes if own}):
+            rows = torch.tensor([own == alike for own in sizes], device=owner.device)[:, None]
+            for image, tokens in enumerate(alike):
+                part = _OneImage(view, (owner == image) & rows & view.visual_valid, image, tokens)
                 with view.charging([count > 0 for count in part.visual_counts]):
-                    parts.append((part, of(many, image, "select")(part)))
+                    parts.append((part, of(alike, image, "select")(part)))
         return _joined(view, parts)
 
 
-def _shared(name: str, budget: Any, images: int, image: int) -> Any:
+def _shared(name: str, budget: Any, sizes: Sizes, image: int) -> Any:
     """A budget's share for one of several images; what is no count stays as it is."""
     if isinstance(budget, tuple | list):
-        return tuple(_shared(name, own, images, image) for own in budget)
+        return tuple(_shared(name, own, sizes, image) for own in budget)
     if isinstance(budget, bool) or not isinstance(budget, int):
         return budget
-    if budget < images:
-        raise UserError(f"{name}={budget} cannot be shared by {images} images: give at least one token for each")
-    return budget // images + int(image < budget % images)
+    if budget < len(sizes):
+        raise UserError(f"{name}={budget} cannot be shared by {len(sizes)} images: give at least one token for each")
+    return spread(budget, sizes)[image]
 
 
 def _on_scores(select: Callable, scores: Tensor) -> Callable[[_OneImage], Any]:
@@ -129,7 +131,7 @@ class _OneImage:
     ``visual_mask`` stays that of all images: what is no text does not become it.
     """
 
-    def __init__(self, view: LayerView, mask: Tensor, image_tokens: int) -> None:
+    def __init__(self, view: LayerView, mask: Tensor, image: int, tokens: int) -> None:
         self._view = view
         self.visual_counts = mask.sum(1).tolist()
         self.index = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, : max(1, *self.visual_counts)]
@@ -137,10 +139,13 @@ class _OneImage:
         self.visual = view.visual.gather(1, self.index)
         self.visual_valid = mask.gather(1, self.index)
         self.origin = view.origin.gather(1, self.index)
-        self.prompt = _OfOneImage(view.prompt, [image_tokens if count else 0 for count in self.visual_counts])
+        self.prompt = _OfOneImage(view.prompt, image, [tokens if count else 0 for count in self.visual_counts])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._view, name)
+
+    def fact(self, name: str) -> Tensor:
+        return self._view.fact(name).gather(1, self.index)
 
     def gather(self, values: Tensor) -> Tensor:
         if values.dim() == 2:
@@ -151,8 +156,11 @@ class _OneImage:
 class _OfOneImage:
     """A prompt view that counts one image's tokens."""
 
-    def __init__(self, prompt: Any, image_counts: list[int]) -> None:
+    def __init__(self, prompt: Any, image: int, image_counts: list[int]) -> None:
         self._prompt, self.image_counts = prompt, image_counts
+        self.images = [
+            own[image : image + 1] if count else [] for own, count in zip(prompt.images, image_counts, strict=True)
+        ]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._prompt, name)
@@ -174,8 +182,24 @@ def _joined(view: LayerView, parts: list[tuple[_OneImage, Any]]) -> Keep | Repla
     order = (~real).to(torch.int8).argsort(dim=1, stable=True)
     counts = real.sum(1).tolist()
     order = order[:, : max(counts)]
-    wide = order[..., None].expand(-1, -1, hidden.shape[-1])
-    return Replace(hidden.gather(1, wide), origin.gather(1, order), slot.gather(1, order), counts)
+
+    def mix(rows: Tensor) -> Tensor:
+        return _rows(torch.cat([_mixed(part, decision, rows) for part, decision in parts], 1), order)
+
+    return Replace(_rows(hidden, order), origin.gather(1, order), slot.gather(1, order), counts, mix)
+
+
+def _mixed(part: _OneImage, decision: Keep | Replace | None, rows: Tensor) -> Tensor:
+    """Per-token rows of all images, as one image's tokens were combined."""
+    own = _rows(rows, part.index)
+    if not isinstance(decision, Replace):
+        return own
+    assert decision.mix is not None  # methods without one are refused where it is asked for
+    return decision.mix(own)
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _as_replace(part: _OneImage, decision: Keep | Replace | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from corematching.methods.base import Replace
 from corematching.methods.control import Control
-from corematching.methods.parameters import count_of
-from corematching.methods.views import LayerView
+from corematching.methods.parameters import count_of, spread
+from corematching.methods.views import ImageView, LayerView, TileView
+
+Plan = list[tuple[TileView, tuple[int, int]]]
+"""Tiles, and the grid (rows, columns) that each is pooled to."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,8 @@ class Pooling(Control):
 
     The grid is average-pooled to ``r x c`` cells; where its sides are no multiples, windows overlap by one patch. A
     quarter of a square grid is the usual 2 x 2 average. A cell takes the position id of the patch at its centre, by
-    which the trace lists it.
+    which the trace lists it. Images of several tiles are pooled tile by tile, each with its share of the image's budget
+    (one token at least).
 
     Parameters
     ----------
@@ -32,25 +40,54 @@ class Pooling(Control):
         No effect: nothing is random. It is here so that all controls take the same parameters.
     """
 
+    grids: ClassVar[bool] = True
+
     def select(self, view: LayerView) -> Replace | None:
-        rows, columns = view.prompt.grid
-        patches = rows * columns
-        to_rows, to_columns = pooled_grid(count_of(self.keep, patches), rows, columns)
-        if (to_rows, to_columns) == (rows, columns):
+        plans = [self.plan(images) for images in view.prompt.images]
+        if all(cells == (tile.rows, tile.columns) for plan in plans for tile, cells in plan):
             return None
-        hidden = view.gather(view.hidden)
-        images = hidden.unflatten(1, (-1, rows, columns)).permute(0, 1, 4, 2, 3).flatten(0, 1)
-        cells = F.adaptive_avg_pool2d(images, (to_rows, to_columns)).flatten(2).transpose(1, 2)
-        device = hidden.device
-        row = (torch.arange(to_rows, device=device) * 2 + 1) * rows // (2 * to_rows)
-        column = (torch.arange(to_columns, device=device) * 2 + 1) * columns // (2 * to_columns)
-        centre = (row[:, None] * columns + column).flatten()
-        first = torch.arange(0, hidden.shape[1], patches, device=device)
-        slot = (first[:, None] + centre).flatten().expand(hidden.shape[0], -1)
-        counts = [count // patches * len(centre) for count in view.visual_counts]
-        return Replace(
-            cells.unflatten(0, (hidden.shape[0], -1)).flatten(1, 2), view.origin.gather(1, slot), slot, counts
-        )
+        device = view.hidden.device
+        slots = [_centres(plan).to(device) for plan in plans]
+        counts = [len(own) for own in slots]
+        slot = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True)
+        pool = partial(_pooled, plans)
+        hidden = pool(view.gather(view.hidden))
+        return Replace(hidden, view.origin.gather(1, slot), slot, counts, pool)
+
+    def plan(self, images: Sequence[ImageView]) -> Plan:
+        """Every tile of a sample, and the grid it is pooled to."""
+        plan: Plan = []
+        for image in images:
+            tokens = [tile.rows * tile.columns for tile in image.tiles]
+            shares = spread(max(count_of(self.keep, sum(tokens)), len(tokens)), tokens)
+            pairs = zip(image.tiles, shares, strict=True)
+            plan += [(tile, pooled_grid(share, tile.rows, tile.columns)) for tile, share in pairs]
+        return plan
+
+
+def _centres(plan: Plan) -> Tensor:
+    """Long [K]: the visual slots at the centres of a sample's cells."""
+    slots, first = [torch.zeros(0, dtype=torch.long)], 0
+    for tile, (rows, columns) in plan:
+        row = (torch.arange(rows) * 2 + 1) * tile.rows // (2 * rows)
+        column = (torch.arange(columns) * 2 + 1) * tile.columns // (2 * columns)
+        slots.append(first + (row[:, None] * tile.columns + column).flatten())
+        first += tile.rows * tile.columns
+    return torch.cat(slots)
+
+
+def _pooled(plans: Sequence[Plan], values: Tensor) -> Tensor:
+    """Per-token rows [B, V, c] of all tiles as their cells [B, K, c]."""
+    samples = []
+    for own, plan in zip(values, plans, strict=True):
+        cells, first = [own[:0]], 0
+        for tile, grid in plan:
+            tokens = own[first : first + tile.rows * tile.columns].unflatten(0, (tile.rows, tile.columns))
+            pooled = F.adaptive_avg_pool2d(tokens.permute(2, 0, 1)[None], grid)[0]
+            cells.append(pooled.flatten(1).T)
+            first += tile.rows * tile.columns
+        samples.append(torch.cat(cells))
+    return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
 
 
 def pooled_grid(keep: int, rows: int, columns: int) -> tuple[int, int]:

@@ -227,24 +227,29 @@ def recycle(view: LayerView, scores: Tensor, kept: Keep) -> Replace:
     assert kept.counts is not None
     states = view.gather(view.hidden)
     cuts = list(zip(view.visual_counts, kept.counts, strict=True))
-    counts = [keep + recycled_counts(now - keep)[1] for now, keep in cuts]
-    hidden = states.new_zeros(len(cuts), max(counts), states.shape[2])
-    origin = view.visual.new_full(hidden.shape[:2], -1)
+    recycled = [recycled_counts(now - keep) for now, keep in cuts]
+    counts = [keep + clusters for (_, keep), (_, clusters) in zip(cuts, recycled, strict=True)]
+    origin = view.visual.new_full((len(cuts), max(counts)), -1)
     slot = torch.zeros_like(origin)
+    plans = []
     for cut in sorted(set(cuts)):
         # Samples with the same counts go together; usually that is the whole batch.
         rows = torch.tensor([row for row, own in enumerate(cuts) if own == cut], device=states.device)
-        now, keep = cut
-        index = (~kept.mask[rows, :now]).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
-        merged = _recycled_tokens(states[rows, :now], scores[rows, :now], kept.mask[rows, :now], now - keep)
-        width = keep + merged.shape[1]
-        hidden[rows, :width] = torch.cat([states[rows[:, None], index], merged], 1)
-        origin[rows, :keep] = index
-        slot[rows, :keep] = index
-        slot[rows, keep:width] = now - 1
-    recycled = [recycled_counts(now - keep) for now, keep in cuts]
+        plan = _Recycling.of(rows, cut, states, scores, kept.mask)
+        plans.append(plan)
+        origin[rows, : cut[1]] = plan.index
+        slot[rows, : cut[1]] = plan.index
+        slot[rows, cut[1] : cut[1] + plan.clusters] = cut[0] - 1
     view.spend([2 * members * clusters * states.shape[2] for members, clusters in recycled])
-    return Replace(hidden, origin, slot, counts)
+
+    def mix(values: Tensor) -> Tensor:
+        mixed = values.new_zeros(*origin.shape, values.shape[2])
+        for plan in plans:
+            own = plan.combine(values)
+            mixed[plan.rows, : own.shape[1]] = own
+        return mixed
+
+    return Replace(mix(states), origin, slot, counts, mix)
 
 
 def recycled_counts(pruned: int) -> tuple[int, int]:
@@ -253,12 +258,40 @@ def recycled_counts(pruned: int) -> tuple[int, int]:
     return recycled, recycled // 10 + 1 if recycled else 0
 
 
-def _recycled_tokens(states: Tensor, scores: Tensor, kept: Tensor, pruned: int) -> Tensor:
-    """[B, clusters, d] out of the best pruned tokens of [B, V, d]."""
-    recycled, clusters = recycled_counts(pruned)
-    if not clusters:
-        return states[:, :0]
-    best = scores.float().masked_fill(kept, -torch.inf).topk(recycled, dim=1).indices
-    members = states.gather(1, best[..., None].expand(-1, -1, states.shape[2]))
-    _, assignment = density_peak_clusters(members, clusters)
-    return cluster_means(members, assignment, clusters)
+@dataclass(frozen=True)
+class _Recycling:
+    """How samples that keep equally many of equally many tokens recycle: kept tokens, then clusters of pruned ones."""
+
+    rows: Tensor
+    """Long [B']: the samples."""
+    index: Tensor
+    """Long [B', keep]: slots of kept tokens."""
+    best: Tensor
+    """Long [B', recycled]: slots of the best pruned ones."""
+    assignment: Tensor
+    """Long [B', recycled]: the cluster of each."""
+    clusters: int
+
+    @classmethod
+    def of(cls, rows: Tensor, cut: tuple[int, int], states: Tensor, scores: Tensor, kept: Tensor) -> _Recycling:
+        """Cluster the pruned tokens of [B, V, d], of which ``kept`` (bool [B, V]) stay."""
+        now, keep = cut
+        recycled, clusters = recycled_counts(now - keep)
+        mask = kept[rows, :now]
+        index = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
+        best = scores[rows, :now].float().masked_fill(mask, -torch.inf).topk(recycled, dim=1).indices
+        members = _rows(states[rows], best)
+        assignment = density_peak_clusters(members, clusters)[1] if clusters else best
+        return cls(rows, index, best, assignment, clusters)
+
+    def combine(self, values: Tensor) -> Tensor:
+        """Per-token rows [B, V, c] of the samples as their tokens are combined, [B', keep + clusters, c]."""
+        own = values[self.rows]
+        kept = _rows(own, self.index)
+        if not self.clusters:
+            return kept
+        return torch.cat([kept, cluster_means(_rows(own, self.best), self.assignment, self.clusters)], 1)
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

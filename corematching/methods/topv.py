@@ -50,7 +50,8 @@ class TopV(Method):
       features: the correlation is 0.5 at most. ``terms="raw"`` is the plain sum.
     * *Dissimilarity.* One minus cosine, in [0, 2]; "euclidean" takes the distance of unit vectors, in [0, 2] as well.
     * *Recovery.* ``recover`` is a share of ``keep``, not of the pruned tokens, so that ``keep`` is met exactly.
-    * *Several images.* Tokens of different images are as far apart as an image's corners.
+    * *Several images.* Tokens of different images, and of different tiles of one, are as far apart as the corners of a
+      tile; distances are shares of the tile's own diagonal.
 
     Parameters
     ----------
@@ -145,7 +146,12 @@ class TopV(Method):
         targets = normalize(view.gather(view.attended()).float(), dim=2)
         cosine = sources @ targets.transpose(1, 2)
         dissimilar = 1 - cosine if self.feature == "cosine" else (2 - 2 * cosine).clamp(min=0).sqrt()
-        return dissimilar, *grid_distances(view.origin.clamp(min=0), view.prompt.grid)
+        owner = view.fact("image") * (1 + view.fact("tile").max()) + view.fact("tile")
+        places, sizes = (
+            torch.stack([view.fact(name) for name in names], 2)
+            for names in (("row", "column"), ("tile_rows", "tile_columns"))
+        )
+        return dissimilar, *grid_distances(owner, places, sizes)
 
 
 def same_spread(values: Tensor, valid: Tensor) -> Tensor:
@@ -156,27 +162,27 @@ def same_spread(values: Tensor, valid: Tensor) -> Tensor:
     return centred / deviation.masked_fill(deviation < 1e-6, torch.inf)
 
 
-def grid_distances(origin: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def grid_distances(owner: Tensor, places: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Distances between tokens (share of the diagonal) and from the centre (share of half the diagonal).
 
     Parameters
     ----------
-    origin
-        Long [B, V]: raster indices, running on from image to image.
-    grid
-        (rows, columns) of one image.
+    owner
+        Long [B, V]: which grid a token lies in (that of its image, or of its tile).
+    places
+        Long [B, V, 2]: row and column there; tokens behind the last column count as in it.
+    sizes
+        Long [B, V, 2]: rows and columns of the grid.
 
     Returns
     -------
     [B, V, V] and [B, V], both in [0, 1].
     """
-    rows, columns = grid
-    image, index = origin // (rows * columns), origin % (rows * columns)
-    place = torch.stack([index // columns, index % columns], 2).float()
-    corner = torch.tensor([rows - 1, columns - 1], device=origin.device).float()
-    diagonal = corner.norm().clamp(min=1)
-    apart = torch.cdist(place, place) / diagonal
-    apart = torch.where(image[:, :, None] == image[:, None], apart, 1.0)
+    corner = (sizes - 1).float()
+    place = torch.minimum(places.float(), corner)
+    diagonal = corner.norm(dim=2).clamp(min=1)
+    apart = torch.cdist(place, place) / diagonal[:, :, None]
+    apart = torch.where(owner[:, :, None] == owner[:, None], apart, 1.0)
     return apart, (place - corner / 2).norm(dim=2) / (diagonal / 2)
 
 

@@ -12,6 +12,28 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
+class TileView(Protocol):
+    """One grid of an image's visual tokens; see :class:`corematching.models.families.Tile`."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def columns(self) -> int: ...
+
+
+class ImageView(Protocol):
+    """One image's visual tokens: its tiles, one after the other."""
+
+    @property
+    def tiles(self) -> Sequence[TileView]: ...
+
+    @property
+    def count(self) -> int:
+        """Visual tokens, newlines included."""
+        ...
+
+
 class PromptView(Protocol):
     """What is known of the prompt before layer 0; the same object for every stage of one prefill."""
 
@@ -46,8 +68,8 @@ class PromptView(Protocol):
         ...
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Patches per image, (rows, columns)."""
+    def images(self) -> Sequence[Sequence[ImageView]]:
+        """The images of every sample before any reduction."""
         ...
 
     @property
@@ -118,6 +140,15 @@ class LayerView(Protocol):
         """Long [B, n]: index of each token in the original prompt (-1: padding or none)."""
         ...
 
+    def fact(self, name: str) -> Tensor:
+        """Long [B, V], what is known of each slot's token, or of the one whose place it has taken.
+
+        "image": number of its image in the sample; "tile": number of its tile in the image; "kind": patch, newline,
+        thumbnail or frame (index into ``corematching.models.families.KINDS``); "row", "column": place in the tile's
+        grid, of "tile_rows" by "tile_columns" (a newline stands behind its row's last column).
+        """
+        ...
+
     def attention(self, layer: int, rows: Tensor | None = None, counts: list[int] | None = None) -> Tensor:
         """Attention probabilities [B, H, R, n] of query rows (long [B, R]; default: the last position) at ``layer``.
 
@@ -174,9 +205,6 @@ class LayerView(Protocol):
 
 class VisionView(Protocol):
     """Signals of the vision tower, N images at a time; patches exclude [CLS]."""
-
-    @property
-    def grid(self) -> tuple[int, int]: ...
 
     @property
     def features(self) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from corematching.methods.base import Guide, Method, VisionBlocks, VisionDrop, VisionOutput
+from corematching.errors import UserError
+from corematching.methods.base import Guide, Method, Stage, VisionBlocks, VisionDrop, VisionOutput
 from corematching.models.families import family_of
 
 
@@ -34,3 +35,16 @@ def refusal(config: Any, method: Method) -> str | None:
     if Guide in kinds:
         return "its guide must see the same visual tokens, and no small model of this family does"
     return None
+
+
+def stages_on(config: Any, method: Method) -> list[Stage]:
+    """Where a method acts on a model.
+
+    Raises
+    ------
+    UserError
+        If it cannot run there, or its parameters do not fit.
+    """
+    if reason := refusal(config, method):
+        raise UserError(f"method {method.name!r} does not run on {config.model_type} models: {reason}")
+    return list(method.stages(family_of(config).geometry(config)))

@@ -32,9 +32,9 @@ class LlavaNext(Family):
         if inputs.get("image_sizes") is None:
             return []
         sizes = [(int(height), int(width)) for height, width in inputs["image_sizes"]]
-        return [self.image(config, size, small) for size, small in zip(sizes, self.whole(inputs), strict=True)]
+        return [self.of_size(config, size, small) for size, small in zip(sizes, self.whole(inputs), strict=True)]
 
-    def image(self, config: Any, size: tuple[int, int], small: bool) -> ImageTokens:
+    def of_size(self, config: Any, size: tuple[int, int], small: bool) -> ImageTokens:
         """The tokens of an image of a size (height, width)."""
         side = config.vision_config.image_size // config.vision_config.patch_size
         if small:

@@ -60,6 +60,21 @@ class Family:
         """Layers of the vision tower."""
         return config.vision_config.num_hidden_layers
 
+    def added_levels(self, config: Any) -> int:
+        """How many decoder layers' outputs get visual features of earlier tower layers added (deepstack)."""
+        return 0
+
+    def tower_sequences(self, config: Any, patches: tuple[int, int, int]) -> list[list[int]]:
+        """Per layer of the vision tower: lengths of the sequences that its attention runs over for one image.
+
+        Parameters
+        ----------
+        patches
+            (crops or frames, rows, columns), see :class:`ImageTokens`.
+        """
+        crops, rows, columns = patches
+        return [[rows * columns + int(self.has_cls(config))] * crops] * self.vision_depth(config)
+
     def has_cls(self, config: Any) -> bool:
         """Whether the tower has a [CLS] token, which the features skip."""
         return getattr(config, "vision_feature_select_strategy", "full") == "default"
@@ -90,6 +105,10 @@ class Family:
         return None
 
     # --------------------------------------------------------------------------------------- what a prompt's images are
+    def image(self, config: Any) -> ImageTokens:
+        """Any image, where all have the same visual tokens."""
+        raise NotImplementedError
+
     def images(self, config: Any, inputs: Mapping[str, Any]) -> list[ImageTokens]:
         """The images of a batch of prompts, in the order of their placeholders.
 

@@ -20,7 +20,10 @@ class Llava(Family):
         rows, columns = self.grid(config)
         return rows * columns
 
-    def images(self, config: Any, inputs: Mapping[str, Any]) -> list[ImageTokens]:
+    def image(self, config: Any) -> ImageTokens:
         rows, columns = self.grid(config)
+        return ImageTokens((Tile(rows, columns),), (1, rows, columns))
+
+    def images(self, config: Any, inputs: Mapping[str, Any]) -> list[ImageTokens]:
         placeholders = int((inputs["input_ids"] == self.image_token_id(config)).sum())
-        return [ImageTokens((Tile(rows, columns),), (1, rows, columns))] * (placeholders // (rows * columns))
+        return [self.image(config)] * (placeholders // self.image_tokens(config))
