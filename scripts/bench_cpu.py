@@ -24,11 +24,11 @@ from corematching import build_method, flops, load_model
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import decode_bytes
 from corematching.efficiency.breakeven import measure_break_even
+from corematching.efficiency.inputs import fixed_inputs
 from corematching.efficiency.latency import (
     Spread,
     clock,
     decision_seconds,
-    fixed_inputs,
     in_turns,
 )
 from corematching.efficiency.peaks import measure_peaks

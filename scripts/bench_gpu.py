@@ -26,7 +26,8 @@ from omegaconf import OmegaConf
 
 from corematching import build_method, files, kernels, load_model, registry
 from corematching.cost.hardware import dtype_name, load_hardware
-from corematching.efficiency.latency import CAPTURE_WARM_UPS, Spread, clock, fixed_inputs
+from corematching.efficiency.inputs import fixed_inputs
+from corematching.efficiency.latency import CAPTURE_WARM_UPS, Spread, clock
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks, measure_peaks
 from corematching.efficiency.rows import Protocol, measure, predicted_rows

@@ -117,7 +117,7 @@ def test_shapes_agree_with_the_counted_flops(random_llava):
     with cm.build_method("dense")(random_llava) as trace:
         random_llava.generate(**make_prompt(0), max_new_tokens=3, min_new_tokens=3)
     counted, config = cm.flops(random_llava.config, trace), random_llava.config
-    shapes = Shapes(config.text_config.to_dict(), config.vision_config.to_dict())
+    shapes = Shapes(config.to_dict())
     rows = [float(tokens) for tokens in trace.samples[0].llm_tokens]
     assert shapes.prefill_flops(rows) == pytest.approx(counted.vision + counted.projector + counted.prefill, rel=0.15)
     steps = 2 * shapes.step_flops([row + 1 for row in rows])

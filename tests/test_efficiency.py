@@ -22,7 +22,8 @@ from corematching.cli import main
 from corematching.cost.hardware import load_hardware
 from corematching.cost.roofline import Hardware, Sizes, at_depth, decode_bytes, predict
 from corematching.efficiency.breakeven import BreakEven, measure_break_even
-from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, fixed_inputs, in_turns
+from corematching.efficiency.inputs import fixed_inputs
+from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks
 from corematching.efficiency.rows import Protocol, measure, predicted_rows

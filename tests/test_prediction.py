@@ -13,7 +13,7 @@ from transformers import AutoConfig
 import corematching as cm
 from corematching.cli import main
 from corematching.cost.roofline import in_dtype
-from corematching.efficiency.latency import fixed_inputs
+from corematching.efficiency.inputs import fixed_inputs
 from corematching.efficiency.twin import trace_of_shapes
 from corematching.engine.compiled import generate
 from corematching.models.checkpoint import random_weights

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import corematching as cm
 from corematching.cost.roofline import at_depth, decode_bytes
-from corematching.efficiency.latency import fixed_inputs, in_turns
+from corematching.efficiency.inputs import fixed_inputs
+from corematching.efficiency.latency import in_turns
 from corematching.engine.rows import gather_rows
 from corematching.engine.trace import SampleTrace
 from corematching.evaluation.trace_summary import acted

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from corematching.cost.flops import decode_flops, flops
+from corematching.cost.towers import tower_of
 from corematching.engine.offload import STAGES, resident_layers
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
@@ -68,20 +69,19 @@ class Sizes:
     @classmethod
     def of(cls, config: Any) -> Sizes:
         """From the transformers config; norms and biases, a few parts in ten thousand, are left out."""
-        text, vision = config.text_config, config.vision_config
-        d, v = text.hidden_size, vision.hidden_size
+        family_of(config)
+        text, tower = config.text_config, tower_of(config.to_dict())
+        d = text.hidden_size
         head_dim = getattr(text, "head_dim", None) or d // text.num_attention_heads
-        grid = family_of(config).grid(config)
-        embeddings = 3 * vision.patch_size**2 * v + (grid[0] * grid[1] + 1) * v
         return cls(
-            vision=embeddings + vision.num_hidden_layers * (4 * v * v + 2 * v * vision.intermediate_size),
-            projector=v * d + d * d,
+            vision=tower.weights,
+            projector=tower.projector_weights,
             attention=2 * d * head_dim * (text.num_attention_heads + text.num_key_value_heads),
             neuron=3 * d,
             ffn_width=text.intermediate_size,
             depth=text.num_hidden_layers,
             head=text.vocab_size * d,
-            embedding=text.vocab_size * d,
+            embedding=0 if getattr(config, "tie_word_embeddings", False) else text.vocab_size * d,
         )
 
     @property

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from corematching.cost.towers import Tower, tower_of
+
 
 def decoder_layer_flops(
     hidden: int, q_width: int, kv_width: int, queries: float, keys: float, ffn_width: float
@@ -22,16 +24,28 @@ def vision_layer_flops(width: int, ffn_width: int, entering: float, staying: flo
 
 @dataclass(frozen=True)
 class Shapes:
-    """A LLaVA's sizes.
+    """A vision-language model's sizes.
 
     Attributes
     ----------
-    text, vision
-        The parts of its transformers configuration, as plain mappings.
+    config
+        Its transformers configuration, as a plain mapping.
+    image
+        Patches of the image that is asked about, (crops or frames, rows, columns); None: one square crop.
     """
 
-    text: Mapping[str, Any]
-    vision: Mapping[str, Any]
+    config: Mapping[str, Any]
+    image: tuple[int, int, int] | None = None
+
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """The decoder's part of the configuration."""
+        return self.config["text_config"]
+
+    @property
+    def tower(self) -> Tower:
+        """The vision tower with its projector."""
+        return tower_of(self.config)
 
     @property
     def depth(self) -> int:
@@ -52,9 +66,8 @@ class Shapes:
     @property
     def weights(self) -> float:
         """All weights; norms and biases, a few parts in ten thousand, are left out."""
-        d, v = self.text["hidden_size"], self.vision["hidden_size"]
-        tower = self.vision["num_hidden_layers"] * (4 * v * v + 2 * v * self.vision["intermediate_size"])
-        return self.decoder_weights + d * self.text["vocab_size"] + tower + v * d + d * d
+        embedding = 0 if self.config.get("tie_word_embeddings") else self.text["hidden_size"] * self.text["vocab_size"]
+        return self.decoder_weights + embedding + self.tower.weights + self.tower.projector_weights
 
     @property
     def kv_row(self) -> float:
@@ -63,17 +76,17 @@ class Shapes:
 
     def prefill_flops(self, tokens_by_layer: list[float]) -> float:
         """Vision tower, projector and decoder over a prompt with one image and so many tokens entering each layer."""
-        d, v = self.text["hidden_size"], self.vision["hidden_size"]
-        patches = (self.vision["image_size"] // self.vision["patch_size"]) ** 2
-        tower = self.vision["num_hidden_layers"] * vision_layer_flops(
-            v, self.vision["intermediate_size"], patches + 1, patches + 1, patches + 1
-        )
+        d, tower = self.text["hidden_size"], self.tower
         layers = sum(
             decoder_layer_flops(d, *self._widths, tokens, tokens, self.text["intermediate_size"])
             for tokens in tokens_by_layer
         )
-        embedding = 2.0 * patches * v * self.vision.get("num_channels", 3) * self.vision["patch_size"] ** 2
-        return embedding + tower + 2.0 * patches * (v * d + d * d) + layers
+        if self.image is None:
+            side = tower.vision["image_size"] // tower.vision["patch_size"]
+            image = [(1, side, side)]
+        else:
+            image = [self.image]
+        return tower.flops(image) + tower.projector_flops(image) + layers
 
     def step_flops(self, kept_by_layer: list[float]) -> float:
         """One decode step over so many KV rows per layer, output head included."""

@@ -21,7 +21,7 @@ from corematching.cost.hardware import THIS
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import Hardware
 from corematching.efficiency.breakeven import measure_break_even
-from corematching.efficiency.latency import fixed_inputs
+from corematching.efficiency.inputs import fixed_inputs
 from corematching.efficiency.offloaded import measure_offloaded
 from corematching.efficiency.peaks import measure_peaks
 from corematching.efficiency.rows import Measured, Protocol, measure, predicted_rows
@@ -125,7 +125,7 @@ class Bench:
             "model": model,
             "method": {"name": row.method, **row.parameters},
             "benchmark": {"name": "efficiency", "data": "synthetic", "version": VERSION, "limit": None},
-            "prompt": f"{protocol.before} + image + {protocol.after} tokens",
+            "prompt": f"{protocol.before} + {self._image()} + {protocol.after} tokens",
             "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats},
             "seed": self.settings["seed"],
             "regime": regime,
@@ -133,6 +133,10 @@ class Bench:
         }
         labels = {"model": model_label(model), "method": row.label, "keep": row.keep}
         return Cell.of(config, **labels, benchmark="efficiency", data="synthetic")
+
+    def _image(self) -> str:
+        size = self.settings["model"].get("image_size")
+        return "image" if size is None else f"image of {size[0]} x {size[1]} pixels"
 
     def measured_cells(self, row: Row) -> list[Cell]:
         """The cells of a method that are timed on this machine."""
@@ -173,7 +177,8 @@ class Bench:
         )
         geometry = family_of(self.model.config).geometry(self.model.config)
         self.dense = build_method("dense")
-        self.inputs = fixed_inputs(self.model, self.protocol.before, self.protocol.after)
+        before, after = self.protocol.before, self.protocol.after
+        self.inputs = fixed_inputs(self.model, before, after, size=chosen.get("image_size"))
         self.peaks = measure_peaks(self.model.device, self.model.dtype)
         print(
             f"  measured peaks: copy {self.peaks.copy_bandwidth / 1e9:.1f} GB/s, "

@@ -62,26 +62,6 @@ class Run:
         return None if tokens < 2 else (self.end_to_end[tokens] - self.prefill) / (tokens - 1)
 
 
-def fixed_inputs(model: Any, before: int = 35, after: int = 40, images: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """A prompt of random text around random images: what a question costs depends on lengths only.
-
-    Parameters
-    ----------
-    before, after
-        Text tokens in front of and behind the visual tokens (LLaVA-1.5's conversation prefix has 35).
-    """
-    config, family = model.config, family_of(model.config)
-    image_token = family.image_token_id(config)
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = torch.tensor([i for i in range(3, min(config.text_config.vocab_size, 4096)) if i != image_token])
-    text = vocabulary[torch.randint(len(vocabulary), (before + after,), generator=generator)]
-    visual = torch.full(((family.geometry(config).image_tokens or 1) * images,), image_token)
-    ids = torch.cat([text[:before], visual, text[before:]])[None].to(model.device)
-    side = config.vision_config.image_size
-    pixels = torch.randn(images, 3, side, side, generator=generator).to(model.device, model.dtype)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-
-
 def synchronise(device: torch.device) -> None:
     """Wait for the device to finish what it was given."""
     if device.type == "cuda":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from corematching.cost.roofline import at_depth, in_dtype
-from corematching.efficiency.latency import fixed_inputs
+from corematching.efficiency.inputs import fixed_inputs
 from corematching.engine.compiled import generate
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError

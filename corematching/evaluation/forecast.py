@@ -222,9 +222,10 @@ def _shapes(model: Mapping[str, Any]) -> Shapes | None:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    text = {**text, **({"num_hidden_layers": model["num_layers"]} if model.get("num_layers") else {})}
-    shapes = Shapes(text, vision)
+    slice_of = {"num_hidden_layers": model["num_layers"]} if model.get("num_layers") else {}
+    text, image = {**(config.get("text_config") or {}), **slice_of}, model.get("image_patches")
+    vision = config.get("vision_config") or {}
+    shapes = Shapes({**config, "text_config": text, "vision_config": vision}, tuple(image) if image else None)
     try:
         shapes.prefill_flops([1.0] * shapes.depth)
         shapes.step_flops([1.0] * shapes.depth)

@@ -118,6 +118,9 @@ class Model(Part):
     released_in: Annotated[str, OneOf("released_in", lambda: ("bfloat16", "float16"))] = "float16"
     num_layers: Count | None
     image_size: Annotated[list[Count], Field(min_length=2, max_length=2), Worded("[height, width]")] | None = None
+    image_patches: (
+        Annotated[list[Count], Field(min_length=3, max_length=3), Worded("[crops, rows, columns]")] | None
+    ) = None
     visual_tokens: Count | None = None
     layers: Count | None = None
     vision_layers: Count | None = None
