@@ -13,7 +13,7 @@ import corematching as cm
 from corematching.methods.base import BeforeLayer, Method
 from corematching.models.families import family_of
 
-NAMES = ["llava"]
+NAMES = ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"]
 
 
 @dataclass(frozen=True)
