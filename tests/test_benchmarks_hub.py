@@ -160,7 +160,7 @@ def test_missing_dataset_offline_is_one_line_that_says_what_to_run(hub: FakeHub,
     ("arguments", "told"),
     [
         (["--benchmarks", "gqqa"], "unknown benchmark 'gqqa'; valid benchmarks: vqav2, gqa"),
-        (["--models", "tiny"], "unknown model 'tiny'; models on the Hub: llava_1_5_13b"),
+        (["--models", "tiny"], "unknown model 'tiny'; models on the Hub: internvl3_8b, llava_1_5_13b"),
         (["--benchmarks", "mmvet"], "dataset lmms-lab-encoder/MMVet does not exist on the Hub"),
         ([], "nothing to fetch"),
     ],
