@@ -69,10 +69,14 @@ SETTINGS = {
     **dict.fromkeys(("executor.name", "tracking.name", "tracking.mode", "data.name", "judge.name"), NO_CHOICES),
     "model.device": ("tpu", "cuda:", "cuda:99", "cuda:x", *NO_TEXTS),
     "benchmarks": (5, None, True, [], "gqa2", [["gqa"]], {"a": 1}),
-    **dict.fromkeys(("generation", "model", "data", "judge", "executor", "tracking"), (None, 5, True, "x", [])),
+    **dict.fromkeys(
+        ("generation", "features", "model", "data", "judge", "executor", "tracking"), (None, 5, True, "x", [])
+    ),
     "model.method_overrides": (5, {"fastvv": {}}, {"fastv": {"layr": 1}}, {"fastv": 5}, {"fastv": {"layer": NAN}}),
     "model.path": (*NO_TEXTS, "/no/such/model", "no/such/model/at/all", "packaged:nothing", "nul\0byte"),
     "model.num_layers": (*NO_COUNTS, 13),
+    "features.cache": (None, 5, "x", "on", []),
+    "features.most_gb": (None, 0, -1, NAN, "x", True),
     "judge.timeout": (None, 0, -1, NAN, 1e9, "x", True),
     "judge.attempts": (None, 0, 1.5, 1000, "x", True),
     "judge.url": (5, "", "ftp://x", "x", []),

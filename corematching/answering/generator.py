@@ -13,6 +13,7 @@ import torch
 
 from corematching.answering.conversation import check_choices
 from corematching.answering.encoding import Encoder
+from corematching.answering.features import Features, FeatureStore, can_remember
 from corematching.answering.greedy import decode, is_plain
 from corematching.answering.prompts import Batch, Prompts, Question
 from corematching.answering.recipes import recipe_of
@@ -56,6 +57,8 @@ class Generator:
         Limit for questions whose task states none (the official LLaVA-1.5 evaluation uses 128).
     batch_tokens
         Most prompt tokens per forward pass, padding included.
+    features
+        Where states of the vision tower are kept for later runs, if they are.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Generator:
         batch_size: int = 1,
         max_new_tokens: int = 128,
         batch_tokens: int = 2**15,
+        features: FeatureStore | None = None,
     ):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is not valid: give a count >= 1")
@@ -81,6 +85,8 @@ class Generator:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         # A processor of its own: prompts are made by another thread than answers are read in.
+        keeps = features is not None and can_remember(model.config)
+        self.features = Features(model, features) if keeps else None  # type: ignore[arg-type]
         self.encoder = Encoder(model.config, copy.deepcopy(processor))
 
     def answer(
@@ -156,7 +162,8 @@ class Generator:
 
     def _sharing(self, batch: Batch, remember: frozenset[int]) -> Sharing:
         image_token = self.family.image_token_id(self.model.config)
-        return Sharing.of(batch.input_ids, batch.attention_mask, batch.images, image_token, remember)
+        known = self.features.of(batch.pictures) if self.features and batch.pictures else None
+        return Sharing.of(batch.input_ids, batch.attention_mask, batch.images, image_token, remember, known)
 
     def _answered(self, batch: Batch, method: Any, sharing: Sharing) -> Iterator[tuple[int, Answer]]:
         """Answers of a batch by index; in parts, from then on, if memory does not hold it whole."""

@@ -28,7 +28,7 @@ from corematching.engine.sharing import Sharing, tower_of
 from corematching.engine.state import PromptState
 from corematching.engine.trace import Trace
 from corematching.engine.views import FFNSignals, Prompt
-from corematching.engine.vision import TowerRun, image_decision, per_sample, run_tower, stages_of
+from corematching.engine.vision import TowerRun, image_decision, per_sample, stages_of
 from corematching.engine.visual import images_by_row
 from corematching.errors import UserError
 from corematching.methods.base import (
@@ -311,8 +311,7 @@ class Session:
 
         @functools.wraps(stock)
         def features(pixel_values: Tensor, **kwargs: Any) -> Any:
-            run = functools.partial(run_tower, self.model, self.family, pixel_values, self.blocks)
-            self.tower_run = tower_of(self.sharing, run, merges=self.blocks is not None)
+            self.tower_run = tower_of(self.model, self.family, pixel_values, self.blocks, self.sharing)
             rows, columns = self.tower_run.grid
             width = self.model.config.text_config.hidden_size
             blank = pixel_values.new_zeros(rows * columns, width, dtype=self.model.dtype)

@@ -26,8 +26,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from corematching.engine.cache import Rows
 from corematching.engine.layout import Layout, Stream
 from corematching.engine.state import PromptState
-from corematching.engine.vision import TowerRun
+from corematching.engine.vision import Remembered, TowerRun, remembered_tower, run_tower
 from corematching.methods.base import BeforeLayer, ChooseNeurons, Guide, Stage, VisionBlocks, VisionDrop, VisionOutput
+from corematching.models.families import Family
 
 
 @dataclass
@@ -66,12 +67,15 @@ class Sharing:
         Per row: its images, as indices into the pixel values of the batch, which hold every image once.
     remember
         Decoder layers whose output another method of this batch is going to ask for.
+    features
+        States of the vision tower that earlier passes over these images have left; None: none are kept.
     """
 
     groups: Sequence[int]
     ends: Sequence[int]
     images: Sequence[Sequence[int]]
     remember: frozenset[int] = frozenset()
+    features: Remembered | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -82,6 +86,7 @@ class Sharing:
         images: Sequence[Sequence[int]],
         image_token: int,
         remember: frozenset[int] = frozenset(),
+        features: Remembered | None = None,
     ) -> Sharing:
         """Find out which prompts of a left-padded batch [B, n] begin alike.
 
@@ -104,7 +109,8 @@ class Sharing:
         order = {row: key for key, group in members.items() for row in group}
         numbers: dict[Any, int] = {}
         groups = [numbers.setdefault(order[row], len(numbers)) for row in range(len(rows))]
-        return cls(groups, [len(row) - begin for row, begin in zip(rows, begins, strict=True)], images, remember)
+        ends = [len(row) - begin for row, begin in zip(rows, begins, strict=True)]
+        return cls(groups, ends, images, remember, features)
 
     @property
     def pays(self) -> bool:
@@ -164,7 +170,8 @@ def sharing_prompts(model: Any, sharing: Sharing) -> Iterator[None]:
     shadow = vars(base).get("get_image_features")
     session.sharing = sharing
     if not session.acts_on_tower:
-        object.__setattr__(base, "get_image_features", _once_per_image(base.get_image_features, sharing))
+        features = _once_per_image(model, session.family, base.get_image_features, sharing)
+        object.__setattr__(base, "get_image_features", features)
     try:
         yield
     finally:
@@ -175,13 +182,15 @@ def sharing_prompts(model: Any, sharing: Sharing) -> Iterator[None]:
                 object.__setattr__(base, "get_image_features", shadow)
 
 
-def _once_per_image(stock: Callable, sharing: Sharing) -> Callable:
+def _once_per_image(model: Any, family: Family, stock: Callable, sharing: Sharing) -> Callable:
     """Image features of the stock model, computed once for an image that several rows show."""
 
     @functools.wraps(stock)
     def features(pixel_values: Tensor, **kwargs: Any) -> Any:
         if "features" not in sharing.memory:
             tower = sharing.memory.get("tower")
+            if tower is None and sharing.features is not None:
+                tower = tower_of(model, family, pixel_values, None, sharing)
             found = tower.projected if tower else stock(pixel_values=pixel_values, **kwargs).pooler_output
             sharing.memory["features"] = found
         found = sharing.memory["features"]
@@ -190,12 +199,17 @@ def _once_per_image(stock: Callable, sharing: Sharing) -> Callable:
     return features
 
 
-def tower_of(sharing: Sharing | None, run: Callable[[], TowerRun], merges: bool) -> TowerRun:
-    """A pass of the vision tower; methods that do not merge inside it share one."""
-    if sharing is None or merges:
-        return run()
+def tower_of(
+    model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks | VisionDrop | None, sharing: Sharing | None
+) -> TowerRun:
+    """A pass of the vision tower; methods that do not act inside it share one."""
+    if sharing is None or blocks is not None:
+        return run_tower(model, family, pixels, blocks)
     if "tower" not in sharing.memory:
-        sharing.memory["tower"] = run()
+        known = sharing.features
+        sharing.memory["tower"] = (
+            remembered_tower(model, family, pixels, known) if known else run_tower(model, family, pixels, None)
+        )
     found = sharing.memory["tower"]
     return found.of_images(range(len(found.origin)))
 

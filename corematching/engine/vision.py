@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,41 @@ class Block:
         self.ledger.spend(flops)
 
 
+class Remembered(Protocol):
+    """States of the tower from earlier passes over the same images."""
+
+    def get(self, index: int) -> Tensor | None:
+        """State ``index`` [N, T, d], None if it is not known."""
+
+    def put(self, index: int, states: Tensor) -> None:
+        """Remember a state."""
+
+
+class States(Sequence[Tensor]):
+    """Hidden states of a tower, each one made when it is asked for.
+
+    Parameters
+    ----------
+    make
+        Gives state ``index``.
+    count
+        How many there are.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor], count: int) -> None:
+        self._make, self._count = make, count
+        self._made: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        index = range(self._count)[index]
+        if index not in self._made:
+            self._made[index] = self._make(index)
+        return self._made[index]
+
+
 @dataclass
 class TowerRun:
     """One pass of the tower over N images, with what later stages may ask about it.
@@ -41,7 +76,7 @@ class TowerRun:
 
     tower: nn.Module
     projector: nn.Module
-    states: list[Tensor]
+    states: Sequence[Tensor]
     """hidden_states as transformers counts them: input of layer 0, then the output of every layer."""
     origin: Tensor
     """Long [N, T]: tower position of each token at the feature layer ([CLS] is 0, padding -1)."""
@@ -68,7 +103,7 @@ class TowerRun:
     @property
     def merged(self) -> bool:
         """Whether tokens merged on the way to the feature layer."""
-        return self.counts is None and self.states[self.feature_index].shape[1] != self.states[0].shape[1]
+        return self.counts is None and self.origin.shape[1] != self.attention_tokens[0][0]
 
     @property
     def features(self) -> Tensor:
@@ -130,9 +165,11 @@ class TowerRun:
     def of_images(self, images: Sequence[int]) -> TowerRun:
         """This pass for a list of its images, which may name one several times, as if nothing had been asked of it."""
         rows = torch.tensor(images, device=self.origin.device)
+        everything = list(images) == list(range(len(self.origin)))
+        states = self.states
         return replace(
             self,
-            states=[state[rows] for state in self.states],
+            states=states if everything else States(lambda index: states[index][rows], len(states)),
             origin=self.origin[rows],
             attention_tokens=[[tokens[image] for image in images] for tokens in self.attention_tokens],
             mlp_tokens=[[tokens[image] for image in images] for tokens in self.mlp_tokens],
@@ -183,6 +220,38 @@ def run_tower(model: Any, family: Family, pixels: Tensor, blocks: VisionBlocks |
         counts=passed.mlp_tokens[feature_index - 1] if passed.dropped else None,
         ledger=ledger,
         model_path=config._name_or_path,
+    )
+
+
+def remembered_tower(model: Any, family: Family, pixels: Tensor, remembered: Remembered) -> TowerRun:
+    """As :func:`run_tower` without stages, but the tower runs only for a state that is not remembered."""
+    tower: Any = family.tower(model)
+    images, layers = len(pixels), len(tower.encoder.layers)
+    skip_cls, grid = family.has_cls(model.config), family.grid(model.config)
+    length = grid[0] * grid[1] + int(skip_cls)
+    ran: list[TowerRun] = []
+
+    def state(index: int) -> Tensor:
+        found = None if ran else remembered.get(index)
+        if found is None:
+            if not ran:
+                ran.append(run_tower(model, family, pixels, None))
+            found = ran[0].states[index]
+            remembered.put(index, found)
+        return found
+
+    return TowerRun(
+        tower=tower,
+        projector=family.projector(model),
+        states=States(state, layers + 1),
+        origin=torch.arange(length, device=pixels.device).expand(images, -1),
+        feature_index=model.config.vision_feature_layer % (layers + 1),
+        skip_cls=skip_cls,
+        grid=grid,
+        attention_tokens=[[length] * images for _ in range(layers)],
+        mlp_tokens=[[length] * images for _ in range(layers)],
+        ledger=Ledger(images),
+        model_path=model.config._name_or_path,
     )
 
 

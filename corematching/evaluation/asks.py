@@ -23,7 +23,19 @@ from corematching.results.manifest import read_manifest
 
 #: Settings that say how or where a table is made, not what it shows.
 _OPERATIONAL = (
-    *("results_dir", "report", "debug", "tracking", "executor", "batch_size", "together", "force", "dry_run", "name"),
+    *(
+        "results_dir",
+        "report",
+        "debug",
+        "tracking",
+        "executor",
+        "batch_size",
+        "together",
+        "features",
+        "force",
+        "dry_run",
+        "name",
+    ),
     *("experiment", "runner", "hydra", "judge", "hardware"),  # the last two add to a table what was a hole
 )
 _AD_HOC = ("method", "methods", "keep", "benchmarks", "match")

@@ -4,14 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+import torch
 import transformers
 
 import corematching as cm
+from corematching.answering.features import FeatureStore
 from corematching.answering.generator import Answer, Generator
 from corematching.answering.prompts import Question
 from corematching.answering.recipes import recipe_of
+from corematching.benchmarks.data import cache_home
 from corematching.benchmarks.judge import Judge, judge_values, load_judge
 from corematching.benchmarks.spec import ROW
+from corematching.cost.memory import keep_freed_memory
 from corematching.engine.preflight import check_methods
 from corematching.errors import UserError
 from corematching.evaluation.cells import Cell
@@ -109,7 +113,10 @@ class Evaluator:
                 settings["prompt"],
                 settings["image"],
                 settings["batch_size"],
+                features=feature_store(settings["features"], model.device),
             )
+            if model.device.type == "cpu":
+                keep_freed_memory()
         return self._generator
 
     def evaluate(self, cell: Cell, on_progress: Callable[[int, int], None]) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -209,6 +216,15 @@ def build(cell: Cell) -> Any:
     second = parameters.pop("with", None)
     method = cm.build_method(parameters.pop("name"), **parameters)
     return cm.compose(method, cm.build_method(second.pop("name"), **second)) if second else method
+
+
+def feature_store(asked: Mapping[str, Any], device: torch.device) -> FeatureStore | None:
+    """Where states of the vision tower are kept, as configured; None if they are not.
+
+    Left to itself (``auto``), on a CPU only; see `corematching.answering.features`.
+    """
+    wanted = device.type == "cpu" if asked["cache"] == "auto" else asked["cache"]
+    return FeatureStore(cache_home() / "features", int(asked["most_gb"] * 1e9)) if wanted else None
 
 
 def with_traces(

@@ -287,6 +287,13 @@ class Generation(Part):
     max_new_tokens: Count | None
 
 
+class Features(Part):
+    """States of the vision tower kept on disk; see :mod:`corematching.answering.features`."""
+
+    cache: Annotated[Literal["auto", True, False], Worded("auto, true or false")]
+    most_gb: Annotated[float, Field(gt=0, le=1e6), Worded("a number above 0")]
+
+
 class Settings(Part):
     """The whole configuration."""
 
@@ -311,6 +318,7 @@ class Settings(Part):
     generation: Generation
     batch_size: Count
     together: Count
+    features: Features
     limit: Count | None
     seed: Seed
     controls: Annotated[Literal[True, "dense", False], Worded("true, dense or false")]
