@@ -152,9 +152,9 @@ def most_asked(stages: Sequence[Stage]) -> tuple[bool, int]:
     First the states of the vision tower, then signals of decoder layers, by the number of layers.
     """
     tower = any(isinstance(stage, VisionOutput) for stage in stages)
-    merges = any(isinstance(stage, VisionBlocks) for stage in stages)
+    inside = any(isinstance(stage, VisionBlocks | VisionDrop) for stage in stages)
     signals = sum(isinstance(stage, ChooseNeurons) or getattr(stage, "activations", False) for stage in stages)
-    return tower and not merges, signals
+    return tower and not inside, signals
 
 
 def can_share(model: Any) -> bool:
