@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,9 @@ import pyarrow as pa
 from corematching.results import intervals, power, seeds, statistics
 from corematching.results.completeness import partial
 from corematching.results.estimators import Estimator, Questions, choose, sum_by
-from corematching.results.load import Results
+from corematching.results.load import Problem, Results, StoreWarning
 from corematching.results.selection import QUESTIONS
+from corematching.results.spread import spread
 
 #: Numbers added to each cell, NaN where nothing can be said.
 COLUMNS = (
@@ -49,12 +51,22 @@ def compare(results: Results, cells: pd.DataFrame) -> pd.DataFrame:
     shown, members = seeds.merge(cells)
     out = shown.assign(**dict.fromkeys(COLUMNS, np.nan), **dict.fromkeys(WORDS, ""))
     done = cells[(cells["status"] == "done") & cells["value"].notna()]
-    frames = []
-    for _, group in done.groupby(QUESTIONS, dropna=False, sort=False):
-        frames += _group(results, group, members)
-    for frame in frames:
-        out.loc[frame.index, frame.columns] = frame
+    groups = [group for _, group in done.groupby(QUESTIONS, dropna=False, sort=False)]
+    tasks = [(group, members.loc[group.index]) for group in groups]
+    for frames, problems in spread(_of_group, tasks, len(done)):
+        for problem in problems:
+            results.report(problem.folder, problem.reason)
+        for frame in frames:
+            out.loc[frame.index, frame.columns] = frame
     return out
+
+
+def _of_group(task: tuple[pd.DataFrame, pd.Series]) -> tuple[list[pd.DataFrame], list[Problem]]:
+    """Statistics of one group and its members, with what could not be read."""
+    found = Results(pd.DataFrame())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StoreWarning)  # whoever asks warns
+        return _group(found, *task), found.problems
 
 
 def _group(results: Results, group: pd.DataFrame, members: pd.Series) -> list[pd.DataFrame]:

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from corematching.results import remote
 from corematching.results.manifest import UNPLACED, Manifest, read_manifest
 from corematching.results.order import keep_order
 from corematching.results.reading import SAMPLES, UnusableCell, one_line, read_cell
+from corematching.results.spread import spread
 
 FLOPS_PARTS = ("vision", "projector", "prefill", "decode", "lm_head", "overhead", "total")
 CONVENTIONS = ("fastv_eq5", "llama_3ndm")
@@ -75,6 +77,10 @@ OBJECTS = (
     "bench",
     "versions",
 )
+
+
+_PART = 250
+"""Cells that are read in one go."""
 
 
 class StoreWarning(UserWarning):
@@ -165,21 +171,30 @@ def load_results(folders: Iterable[Path | str]) -> Results:
                 f"{folder} is no experiment folder: it holds no 'cells' folder (expected <results_dir>/<experiment>)"
             )
         manifest = read_manifest(folder) or Manifest({})
-        for cell in sorted((folder / "cells").iterdir()):
-            if not cell.is_dir() or cell.name.startswith("."):
-                continue  # lock files and folders still being written
-            try:
-                record = read_cell(cell)
-            except UnusableCell as reason:
-                results.report(_name(cell), str(reason))
+        # Others are no cells: lock files, and folders still being written.
+        cells = sorted(path for path in (folder / "cells").iterdir() if not path.name.startswith(".") and path.is_dir())
+        parts = [cells[start : start + _PART] for start in range(0, len(cells), _PART)]
+        for cell, row in chain.from_iterable(spread(_rows, parts, len(cells))):
+            if isinstance(row, str):
+                results.report(_name(cell), row)
                 continue
-            row = _row(record, cell)
             # Lines of a second folder stand behind those of the first.
             row.update(manifest.renamed(row["id"]))
             row["place"] = float(number * UNPLACED + manifest.place(row["method"], row["keep"]))
             records.setdefault(row["id"], row)
     results.cells = _frame(records.values())
     return results
+
+
+def _rows(cells: Sequence[Path]) -> list[tuple[Path, dict[str, Any] | str]]:
+    """Of each cell's folder its row, or why there is none."""
+    found: list[tuple[Path, dict[str, Any] | str]] = []
+    for cell in cells:
+        try:
+            found.append((cell, _row(read_cell(cell), cell)))
+        except UnusableCell as reason:
+            found.append((cell, str(reason)))
+    return found
 
 
 def _unfit(schema: pa.Schema, columns: Sequence[str]) -> str | None:
