@@ -4,16 +4,18 @@ Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 interrupted. Nothin
 ``--cfg job`` and complaints answer at once.
 """
 
+import importlib.util
 import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -33,14 +35,13 @@ RUNNERS = {
 }
 """What runs an experiment, by the setting ``runner``; imported when it is needed."""
 DRY_RUN = "corematching.evaluation.dry_run.dry_run"
-_FLAGS = {"--help", "-h", "--resolve", "-r", "--info", "-i", "--hydra-help"}
+_FLAGS = {"--help", "-h", "--resolve", "-r", "--info", "-i", "--hydra-help", "--multirun", "-m"}
 _WITH_VALUE = {"--cfg": ("job", "hydra", "all"), "-c": ("job", "hydra", "all"), "--package": (), "-p": ()}
-_SEVERAL = (
-    "one command runs one experiment; lists such as methods=[fastv,random] keep=[192,64] benchmark=gqa,pope compare "
-    "within it, and a shell loop runs several"
-)
 _COMPLETION = "there is no tab completion; --help lists every part and setting"
-_NOT_OFFERED = {"--multirun": _SEVERAL, "-m": _SEVERAL, "--shell-completion": _COMPLETION, "-sc": _COMPLETION}
+_NOT_OFFERED = {"--shell-completion": _COMPLETION, "-sc": _COMPLETION}
+_MULTIRUN = {"--multirun", "-m"}
+_OF_MULTIRUN = r"hydra/launcher=|hydra\.(launcher|sweep)\."
+"""Hydra's own settings that can be chosen where a command stands for several runs."""
 
 OmegaConf.register_new_resolver("machine", machine.default, replace=True)
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Command-line words; those of the process by default.
     """
     words = _options_last([_normalise(word) for word in (sys.argv[1:] if arguments is None else arguments)])
+    words = _with_shards(words)
     if "--version" in words:
         print(f"corematching-bench {__version__}")
         return 0
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_words(words)
         _hydra_main()
         return 0
+    except Unfinished as jobs:
+        return jobs.status
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -79,10 +83,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["HYDRA_FULL_ERROR"] = before[1]
 
 
-@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
-def _hydra_main(config: DictConfig) -> None:
+class Unfinished(Exception):
+    """What a run of several (``--multirun``) raises that has an exit status other than 0."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
+
+
+def job(config: DictConfig) -> None:
+    """One run, as Hydra calls it: here, or where a launcher has submitted it."""
     chosen = HydraConfig.get()
-    raise SystemExit(run(config, chosen.runtime.choices, chosen.overrides.task))
+    words = [word for word in chosen.overrides.task if not word.startswith("hydra")]
+    status = run(config, chosen.runtime.choices, words)
+    if chosen.mode != RunMode.MULTIRUN:
+        raise SystemExit(status)
+    if status:
+        raise Unfinished(status)
+
+
+_hydra_main = hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(job)
 
 
 def run(config: DictConfig, choices: Any, words: Sequence[str]) -> int:
@@ -176,15 +196,29 @@ def _options_last(words: list[str]) -> list[str]:
     return settings + [word for word in words if word not in settings]
 
 
+def _with_shards(words: list[str]) -> list[str]:
+    """Where several runs each compute a shard (``shard=0,1,2,3``), they are told how many there are."""
+    given = [word.partition("=")[2] for word in words if word.startswith("shard=")]
+    known = any(word.startswith("shards=") for word in words)
+    if not _MULTIRUN & set(words) or known or not given or not re.fullmatch(r"\d+(,\d+)*", given[-1]):
+        return words
+    return [f"shards={max(map(int, given[-1].split(','))) + 1}", *words]
+
+
 def _check_words(words: Sequence[str]) -> None:
     """Refuse what Hydra would answer at length, or would take for something else than an experiment."""
-    rest = list(words)
+    rest, several = list(words), bool(_MULTIRUN & set(words))
+    if several and not any("," in re.sub(r"\[[^][]*\]|\{[^{}]*\}", "", word) for word in words):
+        raise UserError(
+            "--multirun has nothing to vary: give a setting several values, as in shard=0,1,2,3 or model=tiny,smol; "
+            "lists such as methods=[fastv,random] compare within one run"
+        )
     while rest:
         word = rest.pop(0)
         if word.startswith("-"):
             _check_flag(word, rest)
         elif "=" in word:
-            _check_setting(word)
+            _check_setting(word, several)
         elif not word.startswith("~"):
             raise UserError(f"cannot read '{word}': settings are written name=value, lists as [a,b]")
 
@@ -202,20 +236,48 @@ def _check_flag(word: str, rest: list[str]) -> None:
         raise UserError(f"unknown option '{flag}'; options: --help, --version, --cfg job; settings are name=value")
 
 
-def _check_setting(word: str) -> None:
+def _check_setting(word: str, several: bool) -> None:
     """Refuse a part that is not chosen by one name, and Hydra's own settings."""
     name, _, value = word.lstrip("+").partition("=")
     if not name or name == "command":
         raise groups.unknown("setting", name, groups.top_level())
     if re.match(r"hydra\b", name):
-        raise UserError(f"'{word}' is not offered: Hydra's own settings are fixed; see --help for what can be set")
-    chosen = value.strip("'\"")
-    if name == "hardware" and value.startswith("["):
-        for card in _listed(value):
-            if card not in groups.choices(name):
-                raise groups.unknown(name, card, groups.choices(name))
-    elif name in groups.parts() and chosen not in groups.choices(name):
-        raise groups.unknown(name, value, groups.choices(name))
+        _check_launcher(word.lstrip("+"), several)
+    elif name == "hardware" and value.startswith("["):
+        _check_choices(name, _listed(value))
+    elif name in groups.parts():
+        _check_choices(name, value.split(",") if several else [value])
+
+
+def _check_choices(part: str, values: Iterable[str]) -> None:
+    for value in values:
+        if (chosen := value.strip("'\"")) not in groups.choices(part):
+            raise groups.unknown(part, chosen, groups.choices(part))
+
+
+def _check_launcher(word: str, several: bool) -> None:
+    """Refuse Hydra's own settings, but for those that say where several runs go."""
+    if not several or not re.match(_OF_MULTIRUN, word):
+        raise UserError(
+            f"'{word}' is not offered: Hydra's own settings are fixed, but for hydra/launcher=submitit_slurm and its "
+            "hydra.launcher.* with --multirun; see --help for what can be set"
+        )
+    name, _, value = word.partition("=")
+    known = ("basic", "submitit_local", "submitit_slurm")
+    if name == "hydra/launcher" and value not in known:
+        raise groups.unknown(name, value, known)
+    if name == "hydra/launcher" and value != "basic" and not _installed("hydra_plugins.hydra_submitit_launcher"):
+        raise UserError(
+            f"{word} needs packages that are not installed: pip install 'corematching-bench[slurm]'; or write a job "
+            "script (scripts/slurm.sbatch)"
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def explain(error: Exception, words: Sequence[str]) -> str:

@@ -360,7 +360,7 @@ def test_workers_get_the_same_command_and_their_own_share_of_the_machine(fake, m
         returncode = 2
         stdin = None
 
-        def __init__(self, words, env, stdin, stdout, stderr):
+        def __init__(self, words, env, stdin, stdout, stderr, start_new_session):
             started.append((words, env))
             stdout.write(b"NOTE: first\nerror: layer=77 is not a layer of this model\n")
 

@@ -1,5 +1,6 @@
 """The store: whole cells or none, claims that die with their owner, damage that is named and survived."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -80,6 +81,30 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, monkeypatch, s
     monkeypatch.setattr(f"corematching.results.{step}", full_disk)
     with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
         attempt()
+
+
+WRITES = ["Path.mkdir", "pd.DataFrame.to_parquet", "Path.write_text", "sync", "Path.rename"]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
+def test_whatever_write_fails_the_old_cell_stays_and_one_line_says_so(tmp_path, monkeypatch, write, number):
+    """A cell replaces another one; each step of it fails in turn, the first time and for good."""
+    store = Store(tmp_path)
+    store.write(record(status="not_scored"), SAMPLES)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        module = "pandas" if write.startswith("pd.") else "corematching.results.store"
+        patch.setattr(f"{module}.{write.removeprefix('pd.')}", refuse)
+        with pytest.raises(UserError, match=r"^cannot store a cell .*run the same command again to resume$"):
+            store.write(record(), SAMPLES)
+    assert store.read(CELL.id)["status"] == "not_scored"
+    assert list((tmp_path / "staging").iterdir()) == []
+    store.write(record(), SAMPLES)
+    assert store.read(CELL.id)["status"] == "done"
 
 
 def test_a_cell_that_a_crash_took_out_of_its_place_comes_back(tmp_path):

@@ -35,6 +35,8 @@ _OPERATIONAL = (
         "force",
         "dry_run",
         "name",
+        "shard",
+        "shards",
     ),
     *("experiment", "runner", "hydra", "judge", "hardware"),  # the last two add to a table what was a hole
 )

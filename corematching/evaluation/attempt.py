@@ -1,11 +1,13 @@
 """Cells, claimed, computed and stored one by one, whatever came out, be it a result or a failure."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from corematching.evaluation import stopping
 from corematching.evaluation.cells import Cell, canonical_json
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
@@ -62,27 +64,58 @@ def attempt(
                 on_record(cell, record)
             else:
                 held[cell] = own
-        evaluator.company, evaluator.shards = tuple(held), None
-        if held and peers > 1:
-            ids = [cell.id for cell in held]
-            evaluator.shards = claims.enter_context(Board(store.root).offering(ids, SHARDS_PER_PEER * peers))
-        for cell, own in held.items():
-            reporter.start(cell, held)
-            record, samples = _compute(cell, experiment, evaluator, reporter)
-            store.write(record, samples)
-            own.close()
-            reporter.finish(cell, record)
-            on_record(cell, record)
+        found = computed(tuple(held), experiment, evaluator, reporter, store.root, peers)
+        with closing(found):
+            for cell, record, samples in found:
+                store.write(record, samples)
+                held[cell].close()
+                reporter.finish(cell, record)
+                on_record(cell, record)
         return [cell for cell in company if cell not in seen]
 
 
-def _compute(cell: Cell, experiment: Experiment, evaluator: Any, reporter: Reporter) -> tuple[dict[str, Any], Any]:
+def computed(
+    company: tuple[Cell, ...], experiment: Experiment, evaluator: Any, reporter: Any, root: Path, peers: int
+) -> Generator[tuple[Cell, dict[str, Any], Any], None, None]:
+    """Compute cells that are claimed and can be answered together: each with its record and sample rows, in order.
+
+    Parameters
+    ----------
+    reporter
+        Is told what is begun and how far it is.
+    root, peers
+        With several peers, those without cells are offered shards of the questions in this folder.
+
+    Raises
+    ------
+    Stopped
+        Between two batches, if the run was asked to stop.
+    """
+    evaluator.company, evaluator.shards = company, None
+    with ExitStack() as offers:
+        if company and peers > 1:
+            ids = [cell.id for cell in company]
+            evaluator.shards = offers.enter_context(Board(root).offering(ids, SHARDS_PER_PEER * peers))
+        for cell in company:
+            stopping.check()
+            reporter.start(cell, company)
+            yield cell, *_compute(cell, experiment, evaluator, reporter)
+
+
+def _compute(cell: Cell, experiment: Experiment, evaluator: Any, reporter: Any) -> tuple[dict[str, Any], Any]:
     """A cell's record and sample rows."""
     started, clock = datetime.now(UTC), time.perf_counter()
     samples = None
+
+    def after_a_batch(done: int, total: int) -> None:
+        reporter.advance(done, total)
+        if done < total:
+            stopping.check()
+
     try:
-        result, samples = evaluator.evaluate(cell, reporter.advance)
+        result, samples = evaluator.evaluate(cell, after_a_batch)
     except Exception as error:  # whatever went wrong belongs to this cell, and the sweep goes on
+        stopping.check()  # but for what a stop brings with it
         result = {"status": "failed", "error": describe(error)}
     of_others = result.get("timing", {}).pop("seconds_of_others", 0.0)
     seconds = time.perf_counter() - clock - of_others

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from corematching.errors import UserError
-from corematching.evaluation import asks, machine
+from corematching.evaluation import asks, machine, stopping
 from corematching.evaluation.attempt import OnRecord, attempt, companies, finished
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
@@ -25,7 +25,8 @@ from corematching.results.store import Store
 from corematching.texts import neutral
 
 _POLL_SECONDS = 2.0
-_GRACE_SECONDS = 20.0
+_GRACE_SECONDS = 60.0
+"""For workers to finish their batch."""
 
 
 def run_locally(
@@ -41,21 +42,24 @@ def run_locally(
     while waiting:
         elsewhere: list[Cell] = []
         for company in companies(waiting, experiment.settings["together"]):
+            stopping.check()
             elsewhere += attempt(company, experiment, evaluator, store, reporter, on_record, peers)
         if elsewhere and len(elsewhere) == len(waiting):
-            if peers == 1 or not help_others(experiment, evaluator, store):
+            if peers == 1 or not help_others(experiment, evaluator, store.root):
                 time.sleep(_POLL_SECONDS)
+                stopping.check()
         elif elsewhere:
-            reporter.say(f"waiting for {len(elsewhere)} cells that another process is computing")
+            holders = {str(store.holder(cell.id) or "another process") for cell in elsewhere}
+            reporter.say(f"waiting for {len(elsewhere)} cells that others are computing: {', '.join(sorted(holders))}")
         waiting = elsewhere
 
 
-def help_others(experiment: Experiment, evaluator: Any, store: Store) -> int:
+def help_others(experiment: Experiment, evaluator: Any, root: Path) -> int:
     """Answer questions of cells that other processes hold; returns how many shards there were to answer."""
     known = {cell.id: cell for cell in experiment.cells}
     return sum(
         evaluator.help([known[cell] for cell in offer.cells], Shards(offer))
-        for offer in Board(store.root).offers()
+        for offer in Board(root).offers()
         if known.keys() >= set(offer.cells)
     )
 
@@ -86,6 +90,7 @@ def run_in_processes(
         reporter.say(f"{count} workers; their output is in {folder}")
         while alive:
             time.sleep(_POLL_SECONDS / 4)
+            stopping.check()
             waiting = _collect(waiting, experiment, store, reporter, on_record)
             for number in [number for number in alive if workers[number].poll() is not None]:
                 alive.remove(number)
@@ -97,7 +102,7 @@ def run_in_processes(
         _stop(workers)
     _collect(waiting, experiment, store, reporter, on_record, failures=True)
     if all(worker.returncode == 2 for worker in workers):
-        raise UserError(_last_words(logs[0]).removeprefix("error: "))
+        raise UserError(last_words(logs[0]).removeprefix("error: "))
 
 
 def _stop(workers: Sequence[subprocess.Popen]) -> None:
@@ -119,10 +124,10 @@ def _died(status: int, log: Path) -> str | None:
     if status in (0, 1, 2):
         return None
     how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return f"{how}; the others take its cells. Its last words in {log}: {_last_words(log)}"
+    return f"{how}; the others take its cells. Its last words in {log}: {last_words(log)}"
 
 
-def _last_words(log: Path) -> str:
+def last_words(log: Path) -> str:
     """The last line of a worker's log."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -174,6 +179,7 @@ def _start_worker(number: int, count: int, log: Path, experiment: Experiment) ->
             [sys.executable, "-m", "corematching.evaluation.worker", *words],
             env=environment,
             stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for this process, which asks its workers to stop
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -199,4 +205,15 @@ def _collect(
     return rest
 
 
-EXECUTORS: dict[str, Callable[..., None]] = {"local": run_locally, "processes": run_in_processes}
+def run_on_ray(*arguments: Any) -> None:
+    """See `corematching.evaluation.on_ray`; imported when it is asked for."""
+    from corematching.evaluation import on_ray
+
+    on_ray.run_on_ray(*arguments)
+
+
+EXECUTORS: dict[str, Callable[..., None]] = {
+    "local": run_locally,
+    "processes": run_in_processes,
+    "ray": run_on_ray,
+}

@@ -58,6 +58,15 @@ class Experiment:
     """Finished cells count only if they were begun at or after this time (seconds since 1970; see ``force``)."""
 
     @property
+    def mine(self) -> tuple[Cell, ...]:
+        """The cells of this shard (``shard``, ``shards``; else all): neighbours, so that it has few benchmarks."""
+        shard, shards = self.settings.get("shard"), self.settings.get("shards") or 1
+        if shard is None:
+            return self.cells
+        count = len(self.cells)
+        return self.cells[count * shard // shards : count * (shard + 1) // shards]
+
+    @property
     def manifest(self) -> Manifest:
         """What the experiment's folder says of it."""
         labels = {cell.id: [cell.label["method"], cell.label["keep"]] for cell in self.cells}

@@ -36,6 +36,7 @@ class Reporter(AbstractContextManager):
         self._asked: set[Cell] = set()
         self._answered: set[Cell] = set()
         self._live: Progress | None = None
+        self._workers: dict[int, Any] = {}
         if self.console.is_terminal and cells:
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[shown]}"))
             self._live = Progress(*columns, console=self.console, transient=True)
@@ -62,6 +63,20 @@ class Reporter(AbstractContextManager):
         self._current = self._weight(self._asked)
         if self._live:
             self._live.reset(self._one, description=neutral(str(cell)), total=None, visible=True, shown="")
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a display that changes."""
+        return self._live is not None
+
+    def worker(self, number: int, what: str, done: int, total: int) -> None:
+        """What one of several workers is at: a line of its own."""
+        if self._live:
+            if number not in self._workers:
+                self._workers[number] = self._live.add_task("", total=None, shown="")
+            text = neutral(f"worker {number}: {what or 'waiting'}")
+            shown = f"{done}/{total} questions" if total else ""
+            self._live.update(self._workers[number], description=text, completed=done, total=total or None, shown=shown)
 
     def advance(self, done: int, total: int) -> None:
         """So many of the cell's questions are answered."""

@@ -1,13 +1,11 @@
 """Run an experiment: what is not in the store yet is computed, one model load and one task build per benchmark."""
 
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from omegaconf import DictConfig
 
+from corematching.evaluation import stopping
 from corematching.evaluation.attempt import finished
 from corematching.evaluation.banner import banner, small_note
 from corematching.evaluation.cells import Cell
@@ -29,7 +27,8 @@ def run_experiment(config: DictConfig) -> int:
     Returns
     -------
     int
-        Exit status: 0 all cells have results, 1 some failed, 130 interrupted.
+        Exit status: 0 all cells have results, 1 some failed, 130 interrupted (0 if the job is to be continued, see
+        `corematching.evaluation.stopping`).
 
     Raises
     ------
@@ -39,7 +38,7 @@ def run_experiment(config: DictConfig) -> int:
     prepare_libraries()
     experiment = plan(config)
     known = Store(experiment.folder) if experiment.folder.is_dir() else None
-    pending = [cell for cell in experiment.cells if known is None or not finished(known.read(cell.id), experiment)]
+    pending = [cell for cell in experiment.mine if known is None or not finished(known.read(cell.id), experiment)]
     if pending:
         _check(experiment, pending)
     store = known or Store(experiment.folder)
@@ -49,7 +48,7 @@ def run_experiment(config: DictConfig) -> int:
             reporter.say(line)
         if pending:
             try:
-                with _terminate_as_interrupt():
+                with stopping.stoppable(reporter.say):
                     _run(experiment, pending, store, reporter)
             except KeyboardInterrupt:
                 stored = sum(finished(store.read(cell.id), experiment) for cell in experiment.cells)
@@ -57,7 +56,7 @@ def run_experiment(config: DictConfig) -> int:
                     f"interrupted: {stored} of {len(experiment.cells)} cells are stored in {store.root}; "
                     "run the same command again to finish the rest"
                 )
-                return 130
+                return stopping.exit_status()
         elif experiment.settings["report"] and outdated(store):
             publish_run(store.root, reporter.say, lambda media: None)
     return conclude(experiment, store, reporter)
@@ -82,11 +81,13 @@ def _run(experiment: Experiment, pending: Sequence[Cell], store: Store, reporter
 
 def headline(experiment: Experiment, pending: int) -> Iterator[str]:
     """The first lines of a run: what runs on what, and loudly if that is not the real thing."""
-    settings, cells = experiment.settings, len(experiment.cells)
+    settings, cells = experiment.settings, len(experiment.mine)
     model, data = settings["model"]["name"], settings["data"]["name"]
     yield from banner(settings)
+    share = "" if settings["shard"] is None else f" (shard {settings['shard']} of {settings['shards']})"
     done = f", {cells - pending} already done" if pending < cells else ""
-    yield f"{experiment.name}: {cells} cells on {model} with {data} data{done} -> {remote.shown(experiment.folder)}"
+    where = remote.shown(experiment.folder)
+    yield f"{experiment.name}: {cells} cells{share} on {model} with {data} data{done} -> {where}"
 
 
 def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
@@ -107,13 +108,14 @@ def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
     table.write(store.root)
     show(table, reporter.console)
     reporter.say("table: " + ", ".join(f"{remote.shown(store.root)}/table.{suffix}" for suffix in ("md", "csv")))
-    failed = [record for record in present if record["status"] == "failed"]
+    mine = {cell.id for cell in experiment.mine}
+    failed = [record for record in present if record["status"] == "failed" and record["id"] in mine]
     if failed:
         reporter.say(f"{len(failed)} of {len(records)} cells failed; tracebacks are in {store.cells}/<id>/cell.json")
         for record in failed if settings["debug"] else ():
             reporter.say(record["error"]["traceback"])
     store.upload()
-    return 1 if len(failed) + (len(records) - len(present)) else 0
+    return 1 if failed or mine - {record["id"] for record in present} else 0
 
 
 def prepare_libraries() -> None:
@@ -130,21 +132,3 @@ def prepare_libraries() -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
     ):
         os.environ.setdefault(name, value)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let a job scheduler's SIGTERM end the run as Ctrl-C does, with the hint how to resume."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before: Callable | int | None = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: leave signals alone
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -202,6 +202,16 @@ class Processes(Part):
     workers: Annotated[int, Field(ge=1, le=1024), Worded("a count of at least 1, or null")] | None
 
 
+class OnRay(Part):
+    """``executor=ray``."""
+
+    name: Literal["ray"]
+    address: Text | None
+    workers: Annotated[int, Field(ge=1, le=4096), Worded("a count of at least 1, or null")] | None
+    cpus: Annotated[int, Field(ge=1, le=1024), Worded("a count of at least 1")]
+    tries: Annotated[int, Field(ge=1, le=100), Worded("a whole number from 1 to 100")]
+
+
 class NoTracking(Part):
     """``tracking=none``."""
 
@@ -303,7 +313,7 @@ class Settings(Part):
     model: Model
     data: Annotated[Mini | Hub, Field(discriminator="name")]
     judge: Annotated[NoJudge | Judge, Field(discriminator="name")]
-    executor: Annotated[Local | Processes, Field(discriminator="name")]
+    executor: Annotated[Local | Processes | OnRay, Field(discriminator="name")]
     tracking: Annotated[NoTracking | Wandb, Field(discriminator="name")]
     hardware: Annotated[list[Hardware] | None, SeveralOrNone] = None
     efficiency: Efficiency | None = None
@@ -321,6 +331,8 @@ class Settings(Part):
     features: Features
     limit: Count | None
     seed: Seed
+    shard: Annotated[int, Field(ge=0), Worded("a whole number from 0")] | None
+    shards: Count | None
     controls: Annotated[Literal[True, "dense", False], Worded("true, dense or false")]
     dry_run: Switch
     force: Annotated[bool | Annotated[float, Field(ge=0)], Worded("true, false or a time in seconds since 1970")]
@@ -328,6 +340,15 @@ class Settings(Part):
     report: Switch
     debug: Switch
     command: list[str] = Field([], repr=False)  # noted by the command line, not set on it
+
+    @model_validator(mode="after")
+    def _a_share(self) -> Settings:
+        if (self.shard is None) != (self.shards is None) or (self.shards or 1) <= (self.shard or 0):
+            raise UserError(
+                f"shard={shown(self.shard)} shards={shown(self.shards)} is not valid: give shards=N and a shard from "
+                "0 to N - 1, or neither"
+            )
+        return self
 
     @model_validator(mode="after")
     def _complete(self) -> Settings:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-_GRACE_SECONDS = 20.0
+_GRACE_SECONDS = 60.0
 """To end cleanly, before the process is ended as it is; a cell in flight is then computed again."""
 
 

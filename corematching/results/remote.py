@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,7 +185,8 @@ class Remote:
                 self.upload_cell(cell)
         for path in self._shown_files():
             name = path.relative_to(self.mirror).as_posix()
-            self._try(lambda path=path, name=name: self.fs.pipe_file(f"{self.root}/{name}", path.read_bytes()))
+            content = path.read_bytes()
+            self._try(partial(self.fs.pipe_file, f"{self.root}/{name}", content))
         self._write_index()
 
     def _shown_files(self) -> Iterator[Path]:
