@@ -147,3 +147,9 @@ def test_every_question_is_in_exactly_one_batch_that_fits(asked, most_rows, most
         assert len({(question.settings, len(question.pictures)) for question in own}) == 1
         assert len(batch) <= most_rows
         assert len(batch) == 1 or len(batch) * max(question.tokens for question in own) <= most_tokens
+    about = {}
+    for index, question in enumerate(questions):
+        about.setdefault((question.settings, question.pictures), []).append(index)
+    for group in (group for (_, pictures), group in about.items() if pictures):
+        if len(group) <= most_rows and len(group) * max(questions[index].tokens for index in group) <= most_tokens:
+            assert any(set(group) <= set(batch) for batch in batches), "pictures are encoded twice"

@@ -22,8 +22,9 @@ class Asked:
 def plan(asked: Sequence[Asked], most_rows: int, most_tokens: int) -> list[list[int]]:
     """Part questions into batches.
 
-    Questions with as many pictures and the same settings run together, those about the same pictures side by side, the
-    longest first, so that batches pad little and memory peaks at the start.
+    Questions with as many pictures and the same settings run together, those about the same pictures side by side and,
+    if one batch can hold them, in one batch; the longest first, so that batches pad little and memory peaks at the
+    start.
 
     Parameters
     ----------
@@ -50,11 +51,18 @@ def plan(asked: Sequence[Asked], most_rows: int, most_tokens: int) -> list[list[
     for groups in kinds.values():
         groups.sort(key=lambda group: (-asked[group[0]].tokens, group[0]))
         batch: list[int] = []
-        for index in (index for group in groups for index in group):
-            longest = max(asked[other].tokens for other in [*batch, index])
-            if batch and (len(batch) >= most_rows or (len(batch) + 1) * longest > most_tokens):
-                batches.append(batch)
-                batch = []
-            batch.append(index)
+        for group in groups:
+            whole = _fits(asked, group, most_rows, most_tokens)
+            for place, index in enumerate(group):
+                together = group if whole and place == 0 else [index]
+                if batch and not _fits(asked, [*batch, *together], most_rows, most_tokens):
+                    batches.append(batch)
+                    batch = []
+                batch.append(index)
         batches.append(batch)
     return batches
+
+
+def _fits(asked: Sequence[Asked], batch: Sequence[int], most_rows: int, most_tokens: int) -> bool:
+    """Whether so many questions may run together."""
+    return len(batch) <= most_rows and len(batch) * max(asked[index].tokens for index in batch) <= most_tokens

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from corematching.answering.budget import token_budget
 from corematching.answering.conversation import check_choices
 from corematching.answering.encoding import Encoder
 from corematching.answering.features import Features, FeatureStore, can_remember
@@ -56,7 +57,7 @@ class Generator:
     max_new_tokens
         Limit for questions whose task states none (the official LLaVA-1.5 evaluation uses 128).
     batch_tokens
-        Most prompt tokens per forward pass, padding included.
+        Most prompt tokens per forward pass, padding included; by default what fits into the memory that is free.
     features
         Where states of the vision tower are kept for later runs, if they are.
     """
@@ -69,7 +70,7 @@ class Generator:
         image: str | None = None,
         batch_size: int = 1,
         max_new_tokens: int = 128,
-        batch_tokens: int = 2**15,
+        batch_tokens: int | None = None,
         features: FeatureStore | None = None,
     ):
         if batch_size < 1:
@@ -143,8 +144,9 @@ class Generator:
         prompts = Prompts(questions, self.encoder, self.prompt, self.image)
         stages = [method.stages(geometry) for method in methods]
         remember = common_layers(stages, geometry.depth)
+        most_tokens = self.batch_tokens or token_budget(self.model, len(remember))
         order = sorted(range(len(methods)), key=lambda number: most_asked(stages[number]), reverse=True)
-        for batch in prompts.batches(lambda: self.batch_size, self.batch_tokens):
+        for batch in prompts.batches(lambda: self.batch_size, most_tokens):
             sharing = self._sharing(batch, remember)
             for number in order:
                 if number in failures:

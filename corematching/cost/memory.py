@@ -50,6 +50,41 @@ def _resident_peak() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated: on a GPU, else what the machine and this process's control group allow.
+
+    None where nothing says.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    bounds = [_meminfo("MemAvailable"), _group_room()]
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _meminfo(name: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _group_room(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What is left of a control group's limit (version 2); None without one. Cached files count as free."""
+    try:
+        limit = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        files = next(
+            int(line.split()[1])
+            for line in (folder / "memory.stat").read_text().splitlines()
+            if line.startswith("file ")
+        )
+    except (OSError, ValueError, StopIteration):
+        return None
+    return max(0, limit - used + files)
+
+
 def keep_freed_memory() -> bool:
     """Ask glibc to keep freed blocks for reuse; returns whether it agreed.
 

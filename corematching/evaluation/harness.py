@@ -32,7 +32,7 @@ def evaluate(model: Any, tasks: Sequence[Any], seed: int = 0) -> dict[str, Any]:
     from corematching.benchmarks.lmms import tasks as lmms_tasks  # first: imports lmms-eval without its side effects
 
     simple_evaluate = import_module("lmms_eval.evaluator").simple_evaluate
-    with host_state(), no_bars(), tempfile.TemporaryDirectory() as scratch:
+    with host_state(), no_bars(), no_git(), tempfile.TemporaryDirectory() as scratch:
         # Without these settings lmms-eval decodes every picture a second time and keeps lists of them in its results.
         arguments = argparse.Namespace(process_with_media=False, output_path=scratch, reasoning_tags=None)
         try:
@@ -77,3 +77,18 @@ def no_bars() -> Iterator[None]:
         yield
     finally:
         evaluator.tqdm = bars
+
+
+@contextlib.contextmanager
+def no_git() -> Iterator[None]:
+    """Without asking git which commit of lmms-eval this is: four processes per cell, for entries that nobody reads."""
+    evaluator: Any = import_module("lmms_eval.evaluator")
+    names = ("get_git_commit_hash", "get_git_branch_name")
+    asked = {name: getattr(evaluator, name) for name in names}
+    for name in names:
+        setattr(evaluator, name, lambda: None)
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(evaluator, name, asked[name])
