@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from corematching.errors import UserError
+
+
+def cache_home() -> Path:
+    """Folder for what can be made again (data, kernels, measurements): ``$CM_CACHE``, or ``~/.cache/corematching``."""
+    return Path(os.environ.get("CM_CACHE") or Path.home() / ".cache" / "corematching")
+
+
+def cpu_name() -> str:
+    """The processor's model name, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from corematching import build_method, flops, load_model
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import decode_bytes
-from corematching.efficiency.breakeven import measure_break_even
+from corematching.efficiency.ffn_ways import measured_ways
 from corematching.efficiency.inputs import fixed_inputs
 from corematching.efficiency.latency import (
     Spread,
@@ -35,6 +35,7 @@ from corematching.efficiency.peaks import measure_peaks
 from corematching.engine.cache import conversation_of
 from corematching.engine.compiled import EagerDecoder, decoder_of, prefill
 from corematching.engine.ffn import SlicedFFN
+from corematching.engine.ways import Plan
 from corematching.models.families import family_of
 
 FULL_DEPTH = 32
@@ -77,7 +78,7 @@ def decode(model: Any, inputs: dict, options: argparse.Namespace) -> None:
         ffns: dict[str, Any] = {
             "as loaded": {i: _as_loaded(mlp) for i, mlp in enumerate(mlps)},
             "stored neuron by neuron": {},
-            "read like chosen neurons": {i: SlicedFFN(mlp, every) for i, mlp in enumerate(mlps)},
+            "read like chosen neurons": {i: _every(mlp, every, state.ffn[i]) for i, mlp in enumerate(mlps)},
             "sliced": state.ffn,
         }
         times: dict[str, list[float]] = {name: [] for name in ffns}
@@ -96,6 +97,11 @@ def decode(model: Any, inputs: dict, options: argparse.Namespace) -> None:
         ratios = Spread.of([one / other for one, other in zip(dense, sliced, strict=True)])
         report(f"decode, core_neurons keep 0.4, dense {name}", ratios, whole / read, "bytes", 0.92)
     print(f"    sliced step {1e3 * median(sliced):.1f} ms, {read / median(sliced) / 1e9:.1f} GB/s of weights and KV")
+
+
+def _every(mlp: Any, every: torch.Tensor, sliced: SlicedFFN) -> SlicedFFN:
+    """All neurons, the way chosen ones are read (in place: nothing is gathered)."""
+    return SlicedFFN(mlp, every, plan=Plan(sliced.plan.before))
 
 
 def _as_loaded(mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -228,7 +234,7 @@ def main() -> None:
     peaks = measure_peaks(model.device, model.dtype)
     print(f"peaks: read {peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {peaks.flops / 1e9:.0f} GFLOP/s")
     print(
-        f"core neurons, keep 0.4: {measure_break_even(family_of(model.config).decoder(model).layers[0].mlp, 0.4)}",
+        f"core neurons, keep 0.4: {measured_ways(family_of(model.config).decoder(model).layers[0].mlp, 0.4)}",
         flush=True,
     )
     inputs = fixed_inputs(model)

@@ -92,7 +92,7 @@ SETTINGS = {
 TIMING = {
     **dict.fromkeys(("efficiency.repeats", "efficiency.before", "efficiency.after"), NO_COUNTS),
     "efficiency.output_tokens": (None, 0, [], [0], [1.5], "x", True),
-    "efficiency.engine": NO_CHOICES,
+    **dict.fromkeys(("efficiency.engine", "efficiency.ffn"), NO_CHOICES),
     "efficiency.foo": (1,),
     **dict.fromkeys(("hardware.flops", "hardware.memory", "hardware.link"), (1, 0, NAN, "x", True)),
     "methods": ([], ["nothing"], [{"name": "fastv", "layer": 12}]),

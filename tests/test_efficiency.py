@@ -21,7 +21,7 @@ from corematching import kernels
 from corematching.cli import main
 from corematching.cost.hardware import load_hardware
 from corematching.cost.roofline import Hardware, Sizes, at_depth, decode_bytes, predict
-from corematching.efficiency.breakeven import BreakEven, measure_break_even
+from corematching.efficiency.ffn_ways import measured_ways
 from corematching.efficiency.inputs import fixed_inputs
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
@@ -182,25 +182,19 @@ def test_decisions_are_timed_one_by_one(random_llava, predictor_file):
     assert (len(one.prefill), len(one.decoding)) == (0, 6), "six layers predict for the token"
 
 
-def test_break_even_leaves_the_ffn_as_it_was(random_llava, monkeypatch):
+def test_measuring_the_ways_leaves_the_ffn_as_it_was(random_llava, monkeypatch, tmp_path):
     mlp = random_llava.model.language_model.layers[0].mlp
+    monkeypatch.setenv("CM_CACHE", str(tmp_path))
     x = torch.randn(1, 4, 32)
     with torch.no_grad():
         before = mlp(x)
-        found = measure_break_even(mlp, 0.5, repeats=3)
+        assert measured_ways(mlp, 0.5) == "gathered at once, by rule", "it fits into the cache"
         assert torch.equal(mlp(x), before)
-    assert not found.in_place, "it fits into the cache"
-    monkeypatch.setattr(kernels, "CACHED_BYTES", 0)
-    assert measure_break_even(mlp, 0.5, repeats=2).in_place
-    with torch.no_grad():
+        monkeypatch.setattr(kernels, "CACHED_BYTES", 0)
+        told = measured_ways(mlp, 0.5)
+        assert "in place" in told
+        assert "gathering" in told
         assert torch.equal(mlp(x), before)
-
-
-def test_break_even_says_when_gathering_never_repays():
-    assert str(BreakEven(True, 2e-3, 1e-3, 3e-3)).endswith("gathering 3.00 ms: repaid after 3.0 steps")
-    assert str(BreakEven(False, 1e-3, 1e-3, 3e-3)) == (
-        "dense step 1.00 ms, rows gathered 1.00 ms, gathering 3.00 ms: never repaid"
-    )
 
 
 def test_memory_limited_rows_count_what_was_streamed(random_llava):

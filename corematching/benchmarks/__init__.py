@@ -4,7 +4,7 @@ Light to import; whoever needs them imports `corematching.benchmarks.tasks` (lmm
 `corematching.benchmarks.scoring` (pandas).
 """
 
-from corematching.benchmarks.data import DataSource, cache_home, load_source
+from corematching.benchmarks.data import DataSource, load_source
 from corematching.benchmarks.judge import Judge, load_judge
 from corematching.benchmarks.spec import BENCHMARKS, Benchmark, available_benchmarks, load_benchmark
 
@@ -14,7 +14,6 @@ __all__ = [
     "DataSource",
     "Judge",
     "available_benchmarks",
-    "cache_home",
     "load_benchmark",
     "load_judge",
     "load_source",

@@ -6,7 +6,6 @@ after this module is one code path.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +15,6 @@ from corematching.benchmarks.spec import CONF_DIR, Benchmark
 from corematching.errors import UserError
 
 SOURCES = ("mini", "hub")
-
-
-def cache_home() -> Path:
-    """Folder for generated and converted data: ``$CM_CACHE``, or ``~/.cache/corematching``."""
-    return Path(os.environ.get("CM_CACHE") or Path.home() / ".cache" / "corematching")
 
 
 @dataclass(frozen=True)

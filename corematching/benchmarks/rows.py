@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from corematching.benchmarks.data import cache_home
 from corematching.benchmarks.spec import ROW, Benchmark, Column, ImageTable, Part, unit_name
 from corematching.errors import UserError
+from corematching.files import cache_home
 
 #: Bytes of parquet from which on the conversion takes long enough to show its progress.
 _SHOW_PROGRESS = 500_000_000

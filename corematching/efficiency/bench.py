@@ -20,7 +20,7 @@ from corematching import build_method, compose, load_model
 from corematching.cost.hardware import THIS
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import Hardware
-from corematching.efficiency.breakeven import measure_break_even
+from corematching.efficiency.ffn_ways import measured_ways
 from corematching.efficiency.inputs import fixed_inputs
 from corematching.efficiency.offloaded import measure_offloaded
 from corematching.efficiency.peaks import measure_peaks
@@ -126,7 +126,8 @@ class Bench:
             "method": {"name": row.method, **row.parameters},
             "benchmark": {"name": "efficiency", "data": "synthetic", "version": VERSION, "limit": None},
             "prompt": f"{protocol.before} + {self._image()} + {protocol.after} tokens",
-            "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats},
+            "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats}
+            | ({} if protocol.ffn == "auto" else {"ffn": protocol.ffn}),
             "seed": self.settings["seed"],
             "regime": regime,
             "hardware": self._prediction_of(card) if card else self.machine,
@@ -163,7 +164,7 @@ class Bench:
 
     # --------------------------------------------------------------------------------------------------- measuring
     def prepare(self, pending: list[Row]) -> None:
-        """Load the model, measure the machine's peaks and the gathering's break-even."""
+        """Load the model, measure the machine's peaks and the ways of computing chosen neurons."""
         keep_freed_memory()
         chosen = self.settings["model"]
         self.model, _ = load_model(
@@ -189,7 +190,7 @@ class Bench:
             print(f"  {depth} of {chosen['layers']} decoder layers: measured times are of the slice")
         if any("neurons" in method.acts_on for method in self.methods.values()):
             decoder: Any = family_of(self.model.config).decoder(self.model)
-            print(f"  core neurons, keep 0.4: {measure_break_even(decoder.layers[0].mlp, 0.4)}")
+            print(f"  core neurons, keep 0.4: {measured_ways(decoder.layers[0].mlp, 0.4)}")
         if self.elsewhere and not self.on_gpu:
             names = ", ".join(card.name for card in self.elsewhere)
             print(f"  no GPU: what the memory of {names} allows is predicted, not run")

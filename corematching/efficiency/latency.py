@@ -134,6 +134,7 @@ def in_turns(
     output_tokens: Sequence[int],
     repeats: int,
     engine: str,
+    ffn: str = "auto",
 ) -> Pair:
     """Time a method against dense: one of each per repeat, who goes first alternating.
 
@@ -148,6 +149,7 @@ def in_turns(
         order = [(dense, pair.dense), (method, pair.method)]
         for subject, runs in order if repeat % 2 == 0 else order[::-1]:
             with subject(model) as trace, torch.inference_mode():
+                model._corematching.build_ffn.way = ffn
                 on_gpu = model.device.type == "cuda"
                 for prompt in [inputs] * CAPTURE_WARM_UPS if on_gpu else [words if repeat else inputs]:
                     answer(model, trace, prompt, lengths if prompt is inputs else [1, 8], engine)

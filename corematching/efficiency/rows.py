@@ -16,6 +16,7 @@ from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds,
 from corematching.efficiency.peaks import Peaks
 from corematching.engine.compiled import ENGINES
 from corematching.engine.trace import SampleTrace
+from corematching.engine.ways import WAYS
 from corematching.errors import UserError
 from corematching.methods.base import Method
 
@@ -35,6 +36,8 @@ class Protocol:
         weights in decode is eager.
     before, after
         Text tokens around the visual tokens of the prompt.
+    ffn
+        How chosen neurons are computed on a CPU, see :data:`corematching.engine.ways.WAYS`; "auto" measures.
     """
 
     output_tokens: tuple[int, ...] = (1, 32, 128)
@@ -42,8 +45,11 @@ class Protocol:
     engine: str = "compiled"
     before: int = 35
     after: int = 40
+    ffn: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.ffn not in WAYS:
+            raise UserError(f"ffn={self.ffn!r} is not valid: choose from {', '.join(WAYS)}")
         if self.engine not in ENGINES:
             raise UserError(f"engine={self.engine!r} is not valid: choose from {', '.join(ENGINES)}")
         counts = {"repeats": (self.repeats,), "output_tokens": self.output_tokens}
@@ -77,7 +83,8 @@ def measure(
     model: Any, dense: Method, method: Method, inputs: dict[str, Tensor], protocol: Protocol, peaks: Peaks
 ) -> Measured:
     """Time a method (or dense itself) with everything resident, and hold the roofline model's word against it."""
-    pair = in_turns(model, dense, method, inputs, protocol.output_tokens, protocol.repeats, protocol.engine)
+    lengths, repeats = protocol.output_tokens, protocol.repeats
+    pair = in_turns(model, dense, method, inputs, lengths, repeats, protocol.engine, protocol.ffn)
     measured = Measured(pair, Spread(0.0, 0.0))
     if method.acts_on:
         decisions = decision_seconds(model, method, inputs)

@@ -2,9 +2,9 @@
 
 A neuron of a gated FFN is one row of the gate weight, one row of the up weight and one column of the down weight.
 :func:`neuron_major` stores the down weight so that its columns are contiguous too; then choosing neurons means reading
-whole rows, where they lie, inside the matrix-vector product (:mod:`corematching.kernels`). What no kernel covers (half
-precision on a CPU, several tokens at once) gathers them once per prompt into buffers that outlive it, and on a CPU only
-when the answer is long enough to repay that.
+whole rows, where they lie, inside the matrix-vector product (:mod:`corematching.kernels`), or gathering them once per
+prompt into buffers that outlive it, when the answer is long enough to repay that: :mod:`corematching.engine.ways`
+decides, on a CPU by measurement.
 
 Rows may be read past the modules only where that gives what the modules compute: :func:`sliceable`. Under adapters,
 quantisation or offloading the FFN is computed whole, through its modules, with unchosen activations zeroed.
@@ -21,15 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from corematching import kernels
-
-GATHER_COST = 1.7
-"""What gathering costs on a CPU per kept share, in dense steps: a gathered byte is read and written, in random order.
-``corematching.efficiency.breakeven`` measures it; for bfloat16 on the machine this was written on, 1.6 to 2.0."""
-
-
-def steps_to_repay(share: float) -> float:
-    """Decode steps whose savings pay for gathering a share of an FFN on a CPU."""
-    return GATHER_COST * share / (1 - share) if share < 1 else float("inf")
+from corematching.engine.ways import Plan, by_rule, plan_for
 
 
 def neuron_major(mlp: Any) -> Callable[[], None]:
@@ -89,8 +81,8 @@ class SlicedFFN:
         Long [k]: neurons to keep.
     rows
         Where to gather them; own room if None. Another FFN may take the room over, then they are gathered again.
-    gather_after
-        Steps to compute densely (same numbers, unchosen activations zeroed) before gathering.
+    plan
+        The way to compute until rows are gathered, and when that is; None: in place where a kernel can, else gathered.
     copied
         Gather now: the whole weights are within reach for this moment only.
     """
@@ -98,18 +90,21 @@ class SlicedFFN:
     mode = "sliced"
 
     def __init__(
-        self, mlp: Any, index: Tensor, rows: Rows | None = None, gather_after: int = 0, copied: bool = False
+        self, mlp: Any, index: Tensor, rows: Rows | None = None, plan: Plan | None = None, copied: bool = False
     ) -> None:
         self.mlp = mlp
         self.index = index
         self.rows = rows
         self.key = object()
-        self.gather_after = gather_after
+        self.plan = plan or Plan("in_place" if kernels.covers(mlp) else "masked", None if kernels.covers(mlp) else 0)
         self.copied = copied
         self.most_steps: int | None = None
         """The answer's most decode steps, where they are known: too few do not repay gathering."""
+        self.steps = 0
+        """Steps before rows were gathered."""
         self.masked_steps = 0
-        self._masked = MaskedFFN(mlp, index[None]) if gather_after else None
+        self._masked: MaskedFFN | None = None
+        self._gathers = False
         self._biases = tuple(
             None if linear.bias is None else linear.bias.index_select(0, index)
             for linear in (mlp.gate_proj, mlp.up_proj)
@@ -119,13 +114,16 @@ class SlicedFFN:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, q, d] -> [B, q, d]."""
-        if self._masked is not None:
-            if self.masked_steps < self.gather_after or self._left() < self.gather_after:
+        if self._waits():
+            way = self.plan.before
+            if way == "masked":
+                self.steps += x.shape[1]
                 self.masked_steps += x.shape[1]
+                self._masked = self._masked or MaskedFFN(self.mlp, self.index[None])
                 return self._masked(x)
-            self._masked = None
-        if not self.copied and kernels.usable(self.mlp, x):
-            return kernels.chosen_ffn(self.mlp, self.index, x)
+            if kernels.usable(self.mlp, x, way):
+                self.steps += x.shape[1]
+                return kernels.chosen_ffn(self.mlp, self.index, x, way)
         rows = self._gathered()
         gate, up = functional.linear(x, rows.gate_up).chunk(2, dim=-1)
         gate_bias, up_bias = self._biases
@@ -153,8 +151,13 @@ class SlicedFFN:
         if self.copied and (self.rows is None or self.rows.owner is not self.key):
             raise RuntimeError("another prompt took over the copied neurons: finish one answer before the next")
 
-    def _left(self) -> float:
-        return float("inf") if self.most_steps is None else self.most_steps - self.masked_steps
+    def _waits(self) -> bool:
+        """Whether this step is computed before rows are gathered, or nothing is."""
+        if not self._gathers and not self.copied:
+            after, most = self.plan.gather_after, self.most_steps
+            left = float("inf") if most is None else most - self.steps
+            self._gathers = after is not None and self.steps >= after and left >= self.plan.repaid_after
+        return not (self._gathers or self.copied)
 
     def _gathered(self) -> Rows:
         if self.rows is None or self.rows.owner is not self.key:
@@ -221,10 +224,13 @@ class FFNBuilder:
     Parameters
     ----------
     gather_after
-        Overrides the number of dense steps before gathering; None decides by device and size.
+        Overrides the plan: so many masked steps before gathering; None leaves it to ``way``.
+    way
+        One of :data:`corematching.engine.ways.WAYS`; "auto" decides by device, size and measurement.
     """
 
     gather_after: int | None = None
+    way: str = "auto"
     _rows: dict[int, Rows] = field(default_factory=dict, repr=False)
 
     def __call__(self, mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
@@ -235,25 +241,35 @@ class FFNBuilder:
             return MaskedFFN(mlp, index)
         if is_streamed(mlp):
             return SlicedFFN(mlp, index[0], self._room(mlp, index), copied=True)
-        # An answer that has lasted until gathering repays is expected to last at least as long again.
-        repaid = round(steps_to_repay(index.shape[1] / mlp.gate_proj.weight.shape[0])) if _copies(mlp, index) else 0
-        patience = repaid if self.gather_after is None else self.gather_after
-        return SlicedFFN(mlp, index[0], self._room(mlp, index), patience)
+        plan = self._plan(mlp, index)
+        return SlicedFFN(mlp, index[0], self._room(mlp, index, plan), plan)
 
     def once(self, mlp: Any, index: Tensor) -> SlicedFFN | MaskedFFN:
         """The FFN of one single step, for methods that choose anew for every token."""
         if not sliceable(mlp):
             return MaskedFFN(mlp, index, "whole")
-        weight = mlp.gate_proj.weight
-        too_many = _copies(mlp, index) and steps_to_repay(index.shape[1] / weight.shape[0]) > 1
-        if is_streamed(mlp) or not _rows_agree(index) or too_many:
+        if is_streamed(mlp) or not _rows_agree(index):
             return MaskedFFN(mlp, index)
-        return SlicedFFN(mlp, index[0], self._room(mlp, index))
+        plan = self._plan(mlp, index)
+        if plan.before != "masked" and plan.gather_after != 0:
+            return SlicedFFN(mlp, index[0], None, Plan(plan.before))
+        if plan.gather_after is None or plan.gather_after > 1:
+            return MaskedFFN(mlp, index)
+        return SlicedFFN(mlp, index[0], self._room(mlp, index, plan), Plan("masked", 0))
 
-    def _room(self, mlp: Any, index: Tensor) -> Rows | None:
+    def _plan(self, mlp: Any, index: Tensor) -> Plan:
+        """How to compute rows (of one sample, or its beams) that agree."""
+        if self.gather_after is not None:
+            return Plan("masked", self.gather_after)
+        if index.shape[0] > 1 and self.way == "auto" and not kernels.covers(mlp, "native"):
+            return by_rule(mlp, index.shape[1], single=False)
+        return plan_for(mlp, index.shape[1], self.way)
+
+    def _room(self, mlp: Any, index: Tensor, plan: Plan | None = None) -> Rows | None:
         weight = mlp.gate_proj.weight
         short_lived = weight.device.type == "cuda" and kernels.available(weight.device) and not is_streamed(mlp)
-        if short_lived or _in_place(mlp, index):  # rows of beams, say, need not outlive them on a GPU
+        never = plan is not None and plan.gather_after is None
+        if short_lived or never:  # rows of beams, say, need not outlive them on a GPU
             return None
         rows, count = self._rows.get(id(mlp)), index.shape[1]
         if rows is None or len(rows.down) != count:
@@ -317,14 +333,3 @@ def is_streamed(mlp: Any) -> bool:
 
 def _rows_agree(index: Tensor) -> bool:
     return index.shape[0] == 1 or bool((index == index[:1]).all())
-
-
-def _in_place(mlp: Any, index: Tensor) -> bool:
-    """Whether decode steps of so many rows (one per sample) read their neurons where they lie."""
-    return index.shape[0] == 1 and not is_streamed(mlp) and kernels.covers(mlp)
-
-
-def _copies(mlp: Any, index: Tensor) -> bool:
-    """Whether reading these neurons means copying much first."""
-    on_cpu = mlp.gate_proj.weight.device.type == "cpu"
-    return on_cpu and not kernels.fits_cache(mlp) and not _in_place(mlp, index)

@@ -13,6 +13,7 @@ from typing import Any
 
 from corematching.errors import UserError
 from corematching.evaluation import machine
+from corematching.files import cpu_name
 
 _PACKAGES = ("corematching-bench", "torch", "transformers", "lmms-eval", "datasets", "numpy", "pandas")
 _PACKAGED = "packaged:"  # as in corematching.models.loading, which needs torch
@@ -52,15 +53,7 @@ def _git(folder: Path, *words: str) -> str:
 @cache
 def hardware() -> dict[str, Any]:
     """CPU model, usable cores, GPU name (None without one)."""
-    return {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": machine.gpu_name()}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpu": machine.gpu_name()}
 
 
 def folder_digest(folder: Path) -> str:

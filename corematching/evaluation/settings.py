@@ -265,6 +265,7 @@ class Efficiency(Part):
     output_tokens: Annotated[list[Count], OneOrMany, Field(min_length=1), Worded("whole numbers of at least 1")]
     repeats: Count
     engine: Annotated[str, OneOf("engine", lambda: ("eager", "compiled"))]
+    ffn: Annotated[str, OneOf("ffn", lambda: ("auto", "native", "in_place", "gathered", "masked"))]
     before: Count
     after: Count
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from corematching.benchmarks.data import cache_home
 from corematching.benchmarks.mini.drawing import render
 from corematching.benchmarks.mini.files import MANIFEST, Files, Row, intact, publish
 from corematching.benchmarks.mini.long import LONG_WRITERS
 from corematching.benchmarks.mini.questions import MME_SUBTASKS, Question, questions_for
 from corematching.benchmarks.mini.scenes import Scene, make_scene
 from corematching.errors import UserError
+from corematching.files import cache_home
 
 VERSION = 2
 """Of the suite: 1 had grey backgrounds, three to six objects of two to four patches and no distractors."""
