@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from corematching import files
-from corematching.benchmarks.data import cache_home
+from corematching.files import cache_home
 from corematching.errors import UserError
 from corematching.results.manifest import FILE
 from corematching.results.reading import RECORD, SAMPLES, UnusableCell, read_cell
