@@ -12,7 +12,6 @@ from corematching.answering.features import FeatureStore
 from corematching.answering.generator import Answer, Generator
 from corematching.answering.prompts import Question
 from corematching.answering.recipes import recipe_of
-from corematching.benchmarks.data import cache_home
 from corematching.benchmarks.judge import Judge, judge_values, load_judge
 from corematching.benchmarks.spec import ROW
 from corematching.cost.memory import keep_freed_memory
@@ -23,6 +22,7 @@ from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.shards import OnDone, Shards
 from corematching.evaluation.sheet import Sheet
 from corematching.evaluation.trace_summary import check_acted, summarise
+from corematching.files import cache_home
 from corematching.models.loading import load_config, model_path
 
 
