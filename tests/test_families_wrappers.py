@@ -19,8 +19,6 @@ from corematching.benchmarks import load_benchmark, load_source
 WRAPPERS = {"llava_hf": "LlavaHf", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3_VL", "internvl_hf": "InternVLHf"}
 ASKED = ("gqa", "mmbench", "scienceqa")
 LIMIT, MOST = 2, 4
-ENGINE = ("llava",)
-"""Families that the engine runs."""
 
 
 @pytest.fixture(scope="module", params=SMALL_FAMILIES)
@@ -118,9 +116,7 @@ def test_model_inputs_are_the_wrappers(family, recording, loaded, rows):
                 assert torch.equal(value, theirs[name]), name
 
 
-def test_predictions_are_the_wrappers(family, recording, loaded, rows):
-    if family[0] not in ENGINE:
-        return
+def test_predictions_are_the_wrappers(recording, loaded, rows):
     theirs = recording.answers(rows)
     for batch_size in (1, 3):
         generator = Generator(*loaded, "lmms_eval", "processor", batch_size)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from corematching.cost.shapes import decoder_layer_flops, vision_layer_flops
+from corematching.cost.towers import tower_of
 from corematching.engine.trace import SampleTrace, Trace
 from corematching.errors import UserError
 from corematching.models.families import family_of
@@ -86,7 +87,7 @@ def _sample_flops(config: Any, sample: SampleTrace) -> Flops:
     ran = sample.prefills > 0  # a copied KV cache goes on without its prompt
     return Flops(
         vision=vision_flops(config, sample) if ran else 0.0,
-        projector=_projector_flops(config, sample.projected_tokens) if ran else 0.0,
+        projector=_projector_flops(config, sample) if ran else 0.0,
         prefill=prefill * sample.prefills,
         decode=decode_flops(config, sample, sample.decode_steps, sample.decode_reach),
         lm_head=2.0 * text.hidden_size * text.vocab_size * sample.head_positions,
@@ -137,6 +138,8 @@ def _layer_flops(text: Any, queries: float, keys: float, ffn_width: float) -> fl
 
 def vision_flops(config: Any, sample: SampleTrace) -> float:
     """FLOPs of the vision tower, patch embedding included."""
+    if not _all_alike(config):
+        return tower_of(config.to_dict()).flops(sample.patches)
     vision = config.vision_config
     rows, columns = family_of(config).grid(config)
     width = vision.hidden_size
@@ -149,9 +152,16 @@ def vision_flops(config: Any, sample: SampleTrace) -> float:
     return embedding + layers
 
 
-def _projector_flops(config: Any, tokens: int) -> float:
-    d_in, d_out = config.vision_config.hidden_size, config.text_config.hidden_size
-    return 2.0 * tokens * (d_in * d_out + d_out * d_out)
+def _projector_flops(config: Any, sample: SampleTrace) -> float:
+    tower = tower_of(config.to_dict())
+    if not _all_alike(config):
+        return tower.projector_flops(sample.patches)
+    return 2.0 * sample.projected_tokens * tower.projector_weights
+
+
+def _all_alike(config: Any) -> bool:
+    """Whether images are all of one size, so that a method may thin out the tower's tokens; else it runs whole."""
+    return family_of(config).image_tokens(config) is not None
 
 
 # ------------------------------------------------------------------------------------------------ papers' conventions

@@ -87,7 +87,7 @@ def visual_inputs(
         sizes = {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]] * images)}
         if "batch_num_images" in family.visual_inputs:
             sizes["batch_num_images"] = torch.ones(images, dtype=torch.long)
-        return sizes, family.image(config, (height, width), small=False).count
+        return sizes, family.of_size(config, (height, width), small=False).count
     alike = family.image_tokens(config)
     assert alike is not None
     return {"pixel_values": torch.randn(images, 3, side, side, generator=generator)}, alike

@@ -170,6 +170,11 @@ def _matching_shape(settings: Mapping[str, Any]) -> Shape | None:
     if settings.get("match", "keep") == "keep":
         return None
     model = settings["model"]
+    if model.get("image_size"):
+        raise UserError(
+            f"match=average needs images of one number of visual tokens, and those of {model['name']} have their own: "
+            "use match=keep"
+        )
     if not (model.get("visual_tokens") and model.get("layers") and model.get("vision_layers")):
         raise UserError(
             f"match=average needs visual_tokens, layers and vision_layers of model {model['name']}: "

@@ -123,6 +123,7 @@ def matching_evidence(model: Any, processor: Any, example: Example, rho: float =
         Core-neuron parameters; see :mod:`corematching.methods.core`.
     """
     family = family_of(model.config)
+    grid = family.grid(model.config)  # refused where images have their own
     pictures = prepare_images([example.image], "pad", processor)
     text = render(processor, example.question, 1, "llava15")
     inputs = processor(text=text, images=pictures, return_tensors="pt").to(model.device, dtype=model.dtype)
@@ -144,7 +145,6 @@ def matching_evidence(model: Any, processor: Any, example: Example, rho: float =
     rows = [_layer(x, a, visual, rho, round(beta * width)) for x, a in zip(entered, activated, strict=True)]
     match, coactivation, cosine = (np.stack(values) for values in zip(*rows, strict=True))
     about = about_model(model, f"data {example.benchmark}")
-    grid = family.grid(model.config)
     return Evidence(match, coactivation, cosine, grid, example.question.partition("\n")[0], about)
 
 

@@ -72,6 +72,7 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
     Path
         ``overlays.json``.
     """
+    grid = list(family_of(generator.model.config).grid(generator.model.config))  # refused where images have their own
     # First what names the images: a recording that is cut off then leaves nothing that could be shown wrongly.
     for leftover in (folder / FILE, *folder.glob("*.png")):
         leftover.unlink(missing_ok=True)
@@ -89,7 +90,6 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
             stages = _stages(answer.trace.visual_tokens)
             shown = {"method": variant.label, "keep": variant.keep, "prediction": answer.text, "stages": stages}
             entry["answers"].append(shown)
-    grid = list(family_of(generator.model.config).grid(generator.model.config))
     text = json.dumps({"schema": SCHEMA, "grid": grid, "examples": entries}, separators=(",", ":"))
     return files.write(folder / FILE, text + "\n")
 

@@ -65,7 +65,8 @@ class VisionZip(Method):
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         patches = geometry.image_tokens
-        assert patches is not None  # towers with [CLS] see square crops
+        if patches is None:
+            raise UserError("visionzip splits its budget by an image's visual tokens, and images have their own here")
         if self.keep is not None:
             check_count("keep", self.keep, patches)
         dominant, contextual = self.split(patches)

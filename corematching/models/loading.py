@@ -125,8 +125,9 @@ def load_config(
             config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"model {name!r} is not available ({str(error).strip().partition(chr(10))[0]}): give a folder that "
-            "transformers can read, or fetch a model with scripts/download.py"
+            f"model {name!r}{'' if revision is None else f' at revision {revision!r}'} is not available "
+            f"({str(error).strip().partition(chr(10))[0]}): give a folder that transformers can read, or fetch a model "
+            "with scripts/download.py"
         ) from error
     family_of(config)
     if num_layers is not None:
