@@ -42,7 +42,7 @@ PARAMETERS = {
 }
 # These need files beside the model: a CLIP text tower, trained predictors (tested apart), a second model.
 NEEDS_FILES = {"cdpruner", "dejavu", "powerinfer", "sgl"}
-CHOOSE_ROWS = {"refreshkv", "adakv"}
+CHOOSE_ROWS = {"refreshkv", "adakv", "actqkv", "attention_predictor", "pod"}
 METHODS = [name for name in group_names("method") if name not in NEEDS_FILES | CHOOSE_ROWS]
 
 

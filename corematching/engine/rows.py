@@ -336,7 +336,9 @@ class RowReader:
             own = gather_rows(keys, decision.index) if decision.keys is None else decision.keys
             return own, gather_rows(values, decision.index)
         index = decision.index
-        own_keys = [head.index_select(0, rows) for head, rows in zip(keys, index, strict=True)]
+        own_keys = decision.keys
+        if own_keys is None:
+            own_keys = [head.index_select(0, rows) for head, rows in zip(keys, index, strict=True)]
         return own_keys, [head.index_select(0, rows) for head, rows in zip(values, index, strict=True)]
 
     @staticmethod

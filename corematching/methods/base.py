@@ -138,11 +138,12 @@ class ReadRows:
     """The rows of one sample's KV cache that a decode step reads in one layer, its own token's among them.
 
     ``index`` is long [H_kv, K], each KV head having its rows; or one long [K_h] per KV head where they are of different
-    numbers. ``keys`` ([H_kv, K, hd], optional) are attended to instead of these rows' own; values are theirs.
+    numbers. ``keys`` (optional, [H_kv, K, hd] or one [K_h, hd] per KV head) are attended to instead of these rows' own;
+    values are theirs.
     """
 
     index: Tensor | Sequence[Tensor]
-    keys: Tensor | None = None
+    keys: Tensor | Sequence[Tensor] | None = None
 
 
 @dataclass(frozen=True)
