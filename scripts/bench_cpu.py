@@ -2,6 +2,7 @@
 
     python scripts/bench_cpu.py                      all targets (over an hour on two idle cores)
     python scripts/bench_cpu.py decode prefill       some of them
+    python scripts/bench_cpu.py rows --methods refreshkv   methods that choose KV rows, over a long context
     python scripts/bench_cpu.py --layers 2 --repeats 2 --output-tokens 16   a quick look
 
 Every target is a ratio of neighbouring runs in one process. The machine's load is printed first: cores shared with
@@ -61,6 +62,19 @@ TOKEN_METHODS: dict[str, dict[str, Any]] = {
     "divprune": AT_192,
 }
 """All but those that need a second model; layers as far down as a four-layer slice needs."""
+
+
+ROW_METHODS: dict[str, dict[str, Any]] = {
+    "refreshkv": {"keep": 0.1},
+    "actqkv": {"keep": 0.1},
+    "attention_predictor": {"keep": 0.1},
+    "pod": {"keep": 0.1},
+    "snapkv": {"keep": 0.1},
+    "streaming_llm": {"keep": 0.1},
+    "h2o": {"keep": 0.1},
+    "adakv": {"keep": 0.1},
+}
+"""Of a step's KV rows."""
 
 
 def decode(model: Any, inputs: dict, options: argparse.Namespace) -> None:
@@ -206,6 +220,58 @@ def tokens(model: Any, inputs: dict, options: argparse.Namespace) -> None:
         print(f"  {name}, {left} left: {times} ({len(pair.method)} pairs)", flush=True)
 
 
+def rows(model: Any, inputs: dict, options: argparse.Namespace) -> None:
+    """Methods that choose KV rows for every step, at 10 % of a long context: ms per token against dense and the limit.
+
+    Dense steps write into static buffers. The limit is dense bytes over those a step of the method must read, weights
+    included, each chosen row once (the engine copies them together first), and what choosing reads.
+    """
+    image = family_of(model.config).geometry(model.config).image_tokens
+    prompt = fixed_inputs(model, before=35, after=options.context - image - 35)
+    element, steps = model.dtype.itemsize, options.output_tokens
+    dense, sample = _timed_steps(model, build_method("dense"), prompt, steps)
+    whole = median(dense)
+    print(f"  dense, {options.context} rows: {1e3 * whole:.1f} ms per token")
+    read = decode_bytes(model.config, sample, element, steps)
+    for name in options.methods or ROW_METHODS:
+        method = build_method(name, **ROW_METHODS[name])
+        times, sample = _timed_steps(model, method, prompt, steps)
+        own = [decode_bytes(model.config, _one_step(sample, step), element, 1) for step in range(steps)]
+        held = sum(sample.rows_held(layer, step) for layer in range(len(sample.rows_read)) for step in range(steps))
+        share = sum(map(sum, sample.rows_read)) / held if sample.rows_read else sum(sample.kv_lengths) * steps / held
+        print(
+            f"  {name}, {100 * share:.1f} % of the rows: {1e3 * median(times):.1f} ms per token, "
+            f"mean {1e3 * sum(times) / steps:.1f}"
+        )
+        _against_limit("all steps", whole / (sum(times) / steps), read / (sum(own) / steps))
+        least = min(own)
+        partial = [seconds for seconds, size in zip(times, own, strict=True) if size < 1.01 * least]
+        if len(partial) < steps:
+            _against_limit(f"{len(partial)} partial steps", whole / median(partial), read / least)
+
+
+def _timed_steps(model: Any, method: Any, prompt: dict, steps: int) -> tuple[list[float], Any]:
+    with method(model) as trace, torch.inference_mode():
+        engine = "eager" if model._corematching.chooses_rows else "compiled"
+        cache, token = prefill(model, prompt)
+        decoder = decoder_of(model, prompt, cache, token, steps, engine)
+        times = []
+        for _ in range(steps):
+            start = clock(model.device)
+            decoder.step()
+            times.append(clock(model.device) - start)
+        return times, trace.drain()[0]
+
+
+def _one_step(sample: Any, step: int) -> Any:
+    rows_read = [read[step : step + 1] for read in sample.rows_read]
+    return replace(sample, rows_read=rows_read, choice_bytes=sample.choice_bytes[step : step + 1])
+
+
+def _against_limit(what: str, speedup: float, limit: float) -> None:
+    print(f"    {what}: {speedup:.3f} x dense, bytes allow {limit:.3f}: {100 * speedup / limit:.1f} %", flush=True)
+
+
 def report(what: str, speedup: Spread, limit: float, kind: str, target: float) -> None:
     print(
         f"  {what}: {speedup.median:.3f} x dense (IQR {speedup.iqr:.3f}), {kind} allow {limit:.3f}: "
@@ -215,19 +281,28 @@ def report(what: str, speedup: Spread, limit: float, kind: str, target: float) -
 
 
 PARTS = {"decode": decode, "prefill": prefills, "total": total, "short": short, "engine": engine, "tokens": tokens}
+ON_REQUEST = {"rows": rows}
+"""Parts that are measured when named only."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"what to measure: {', '.join(PARTS)} (default: all)")
+    parser.add_argument(
+        "parts", nargs="*", help=f"what to measure: {', '.join(PARTS)} (default: these), {', '.join(ON_REQUEST)}"
+    )
     parser.add_argument("--model", default="llava_1_5_7b")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers, at full width")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output-tokens", type=int, default=128)
+    parser.add_argument("--context", type=int, default=4096, help="of part rows: KV rows of the prompt")
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="of part rows: these methods only")
     options = parser.parse_args()
     for part in options.parts:
-        if part not in PARTS:
-            parser.error(f"unknown part {part!r}: choose from {', '.join(PARTS)}")
+        if part not in PARTS | ON_REQUEST:
+            parser.error(f"unknown part {part!r}: choose from {', '.join(PARTS | ON_REQUEST)}")
+    for name in options.methods:
+        if name not in ROW_METHODS:
+            parser.error(f"unknown method {name!r}: choose from {', '.join(ROW_METHODS)}")
     keep_freed_memory()
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}", flush=True)
     model, _ = load_model(options.model, weights="random", num_layers=options.layers, dtype="float32", device="cpu")
@@ -240,7 +315,7 @@ def main() -> None:
     inputs = fixed_inputs(model)
     for part in options.parts or PARTS:
         print(f"{part} (load {os.getloadavg()[0]:.1f})", flush=True)
-        PARTS[part](model, inputs, options)
+        (PARTS | ON_REQUEST)[part](model, inputs, options)
 
 
 if __name__ == "__main__":

@@ -318,7 +318,9 @@ class RowReader:
         )
         view.attach(self.session.decoding_cache, row, choices.starts[row])
         if self.projected is not None:
-            view.projected = self.projected[row, -1].unflatten(-1, query[row, :, 0].shape)
+            heads = self.projected[row, -1].unflatten(-1, query[row, :, 0].shape)
+            norm = getattr(self.session.decoder.layers[self.layer].self_attn, "q_norm", None)
+            view.projected = heads if norm is None else norm(heads)
         decision = self.stage.choose(view)
         choices.steps[-1].flops[row] += view.spent
         choices.steps[-1].bytes[row] += view.read

@@ -197,7 +197,7 @@ class ActQKV(Method):
             view.memory[view.layer] = layer
             count = self._share(view, layer)
             chosen = scores.topk(count).indices.sort().values
-            decision = layer.blocks.read(chosen.expand(len(view.keys), -1), view.rows)
+            decision = layer.blocks.read(chosen.expand(len(view.keys), -1), len(scores), view.rows)
         view.memory[view.layer] = self._complete(self._received(layer, view), view.keys, view.rows)
         return decision
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,16 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)["weights"]
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    except (OSError, RuntimeError, KeyError, TypeError, AttributeError, ValueError, EOFError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        EOFError,
+        pickle.PickleError,
+    ) as error:
         raise UserError(
             f"predictor={str(path)!r} cannot be read as the net's weights: {error}".partition("\n")[0]
         ) from error
@@ -182,7 +192,7 @@ class AttentionPredictor(Method):
             start = layer.blocks.first // self.block
             scores = self._scores(view, layer.history[:, :, start : start + count])
             best = strongest_of_group(scores, len(view.keys)).topk(min(layer.budget, count), dim=1).indices
-            decision = layer.blocks.read(best.sort(1).values, view.rows)
+            decision = layer.blocks.read(best.sort(1).values, count, view.rows)
         calibrates = self.every is not None and (view.step + 1) % self.every == 0
         row = self._attention(view, None if calibrates else decision)
         history = appended(layer.history, by_block(row[:, None], self.block)[:, 0])

@@ -45,9 +45,8 @@ class Blocks:
         """Whole blocks among so many rows."""
         return max(0, (rows - self.last - self.first) // self.size)
 
-    def read(self, chosen: Tensor, rows: int) -> ReadRows | None:
-        """Read the first and last rows, and blocks (long [H_kv, k], ascending); None if that is everything."""
-        count = self.count(rows)
+    def read(self, chosen: Tensor, count: int, rows: int) -> ReadRows | None:
+        """Read some of ``count`` blocks (long [H_kv, k], ascending) and the rows outside them; None for everything."""
         if chosen.shape[1] == count:
             return None
         inside = chosen[..., None] * self.size + self.first + torch.arange(self.size, device=chosen.device)

@@ -32,7 +32,7 @@ KNOWN = (
     *("corematching", "core_tokens", "core_neurons", "fastv", "sparsevlm", "pyramiddrop", "visionzip", "cdpruner"),
     *("divprune", "dart", "prumerge", "prumerge_plus", "fastervlm", "vtc_cls", "tome", "tome_pre_llm", "topv", "csp"),
     *("sgl", "h2o", "snapkv", "streaming_llm", "coreinfer", "wanda_neurons", "dejavu", "powerinfer"),
-    "corematching_release",
+    *("corematching_release", "pyramidkv", "adakv", "refreshkv", "actqkv", "attention_predictor", "pod"),
 )
 
 # Seven colours and ten markers have no common divisor: counting both up together meets every pair once.
