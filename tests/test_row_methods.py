@@ -233,7 +233,7 @@ def act_weights(queries, history):
 
 @pytest.mark.parametrize("probe", [1, 3])
 def test_actqkv_reads_what_the_rules_say(probe):
-    first, last, size, warm_up, count = 4, 8, 4, 3, 3
+    first, last, size, warm_up, count = 4, 8, 6, 3, 3
     layers = layers_of(count, prompt=60)
     parameters = {"keep": 32, "first": first, "last": last, "block": size, "least": 2, "warm_up": warm_up}
     method = cm.build_method("actqkv", **parameters, probe=probe)
