@@ -59,7 +59,13 @@ def on_ray(folder: Path, questions: int, workers: int) -> list[tuple[float, int,
 
     kept, module.Fleet = module.Fleet, Watched
     try:
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
+        ray.init(
+            num_cpus=workers,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=200 * 2**20,
+        )
         run(folder, questions, "executor=ray", f"executor.workers={workers}")
     finally:
         module.Fleet = kept

@@ -273,11 +273,8 @@ class Fleet:
         self._tries.update(company)
         lost = [cell for cell in company if self._tries[cell] >= limit]
         self._store(seat, [(cell, self._failure(cell, seat, error), None) for cell in lost])
-        rest = tuple(cell for cell in company if cell not in lost)
-        if rest and self._tries[rest[0]] == 1:
-            self._queue.appendleft(rest)
-        else:  # one by one, so that one that kills workers takes no others with it
-            self._queue.extendleft((cell,) for cell in rest)
+        # One by one from now on, so that a cell that kills workers takes no others with it.
+        self._queue.extendleft((cell,) for cell in reversed(company) if cell not in lost)
         self._hire(seat)
 
     def _failure(self, cell: Cell, seat: _Seat, error: Exception) -> dict[str, Any]:

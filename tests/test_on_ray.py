@@ -1,0 +1,155 @@
+"""``executor=ray`` on a real Ray cluster of two local nodes: the same bytes as one process, whoever dies."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from small_llava import save_small_llava
+
+from corematching import cli
+from corematching.evaluation import on_ray
+from corematching.results.store import Store
+
+ray = pytest.importorskip("ray")
+
+CELLS = ["methods=[dense,random,fastv]", "keep=[16]", "benchmarks=[gqa,pope]", "limit=6", "data.n=8", "data=mini"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Command-line words of a small real run."""
+    checkpoint = save_small_llava(tmp_path_factory.mktemp("model"))
+    small = [f"model.path={checkpoint}", "model.visual_tokens=64", "generation.max_new_tokens=3"]
+    return [*CELLS, *small, "model=tiny", "tracking=none", "report=false", "name=run", "together=2"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(words, cache, tmp_path_factory):
+    """Folder of the same run in this process."""
+    folder = tmp_path_factory.mktemp("local")
+    assert cli.main([*words, f"results_dir={folder}"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def cluster(cache):
+    """Two nodes on this machine, with one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    found.add_node(**node)
+    ray.init(
+        address=found.address,
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}},
+    )
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def same(folder, expected) -> None:
+    """Tables and sample rows are byte for byte those of one process; every cell was published once."""
+    assert (folder / "table.md").read_bytes() == (expected / "table.md").read_bytes()
+    assert (folder / "table.csv").read_bytes() == (expected / "table.csv").read_bytes()
+    cells = sorted(path.name for path in (expected / "cells").iterdir())
+    assert sorted(path.name for path in (folder / "cells").iterdir()) == cells
+    for cell in cells:
+        one, other = (place / "cells" / cell / "samples.parquet" for place in (folder, expected))
+        assert one.read_bytes() == other.read_bytes()
+    for left in ("claims", "staging"):
+        assert list((folder / left).iterdir()) == []
+
+
+def test_two_nodes_give_the_bytes_of_one_process_though_a_worker_is_killed(
+    words, expected, cluster, tmp_path, monkeypatch, capsys
+):
+    killed, welcome = [], on_ray.Fleet._welcome
+
+    def then_kill(self, seat):
+        welcome(self, seat)
+        if not killed:
+            killed.append(seat.where)
+            threading.Timer(0.5, os.kill, (seat.where["pid"], signal.SIGKILL)).start()
+
+    monkeypatch.setattr(on_ray.Fleet, "_welcome", then_kill)
+    assert cli.main([*words, f"results_dir={tmp_path}", "executor=ray"]) == 0
+    same(tmp_path / "run", expected)
+    out = capsys.readouterr().out
+    assert "2 workers on Ray, CPU only each" in out
+    assert (
+        f"worker 0 died (process {killed[0]['pid']} on" in out or f"worker 1 died (process {killed[0]['pid']} on" in out
+    )
+    assert f"{killed[0]['pid']}.err" in out
+
+
+def test_a_cell_that_kills_its_workers_fails_and_the_others_do_not(words, expected, cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("CM_TEST_KILLER", "random")
+    monkeypatch.setattr(on_ray, "Worker", Deadly)
+    assert cli.main([*words, f"results_dir={tmp_path}", "executor=ray", "executor.tries=2"]) == 1
+    records = list(Store(tmp_path / "run").records())
+    failed = {record["labels"]["method"] for record in records if record["status"] == "failed"}
+    assert (len(records), failed) == (6, {"random"})
+    (message,) = {record["error"]["message"].split(":")[0] for record in records if record["status"] == "failed"}
+    assert message == "2 workers died over this cell"
+
+
+class Deadly(on_ray.Worker):
+    """Is killed by every cell of one method."""
+
+    def start(self, cell, company):
+        if cell.label["method"] == os.environ["CM_TEST_KILLER"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_stopped_run_finishes_its_batches_and_leaves_no_claim(
+    words, expected, cluster, tmp_path, monkeypatch, capsys
+):
+    send = on_ray.Fleet._send
+
+    def then_interrupt(self, seat):
+        send(self, seat)
+        if seat.company and not hasattr(self, "interrupted"):
+            self.interrupted = True
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(on_ray.Fleet, "_send", then_interrupt)
+        assert cli.main([*words, f"results_dir={tmp_path}", "executor=ray"]) == 130
+    assert "run the same command again" in capsys.readouterr().out
+    assert list((tmp_path / "run/claims").iterdir()) == []
+    stored = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cells").iterdir()}
+    assert len(stored) < 6
+    assert cli.main([*words, f"results_dir={tmp_path}", "executor=ray"]) == 0
+    same(tmp_path / "run", expected)
+    assert stored.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run/cells").iterdir()}.items()
+
+
+def test_without_the_extra_one_line_says_what_to_install(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert cli.main([*words, f"results_dir={tmp_path}", "executor=ray"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: executor=ray needs Ray")
+    assert "pip install 'corematching-bench[ray]'" in line
+
+
+def test_a_cluster_that_is_not_there_is_one_line(words, cache, tmp_path, capsys):
+    ray.shutdown()
+    started = time.monotonic()
+    assert cli.main([*words, f"results_dir={tmp_path}", "executor=ray", "executor.address=127.0.0.1:1"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("error: executor.address=127.0.0.1:1 is not valid here")
+    assert time.monotonic() - started < 300
