@@ -87,6 +87,7 @@ def test_without_the_extra_one_line_says_what_to_install(words, tmp_path, monkey
     assert "pip install 'corematching-bench[ray]'" in line
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_bytes_of_one_process_though_a_worker_is_killed(
     words, expected, cluster, tmp_path, monkeypatch, capsys
 ):
@@ -109,6 +110,7 @@ def test_two_nodes_give_the_bytes_of_one_process_though_a_worker_is_killed(
     assert f"{killed[0]['pid']}.err" in out
 
 
+@pytest.mark.slow
 def test_a_cell_that_kills_its_workers_fails_and_the_others_do_not(words, expected, cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("CM_TEST_KILLER", "random")
     monkeypatch.setattr(on_ray, "Worker", Deadly)
@@ -128,6 +130,7 @@ class Deadly(on_ray.Worker):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_finishes_its_batches_and_leaves_no_claim(
     words, expected, cluster, tmp_path, monkeypatch, capsys
 ):
