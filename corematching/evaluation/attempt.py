@@ -12,7 +12,6 @@ from corematching.evaluation.cells import Cell, canonical_json
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
 from corematching.evaluation.records import describe, new_record
-from corematching.evaluation.shards import Board
 from corematching.results.store import Store
 
 SHARDS_PER_PEER = 2
@@ -95,6 +94,8 @@ def computed(
     with ExitStack() as offers:
         if company and peers > 1:
             ids = [cell.id for cell in company]
+            from corematching.evaluation.shards import Board  # torch, seconds to import
+
             evaluator.shards = offers.enter_context(Board(root).offering(ids, SHARDS_PER_PEER * peers))
         for cell in company:
             stopping.check()

@@ -20,7 +20,6 @@ from corematching.evaluation.attempt import OnRecord, attempt, companies, finish
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
-from corematching.evaluation.shards import Board, Shards
 from corematching.results.store import Store
 from corematching.texts import neutral
 
@@ -56,6 +55,8 @@ def run_locally(
 
 def help_others(experiment: Experiment, evaluator: Any, root: Path) -> int:
     """Answer questions of cells that other processes hold; returns how many shards there were to answer."""
+    from corematching.evaluation.shards import Board, Shards  # torch, seconds to import
+
     known = {cell.id: cell for cell in experiment.cells}
     return sum(
         evaluator.help([known[cell] for cell in offer.cells], Shards(offer))
