@@ -29,8 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
     parser.add_argument("--only", nargs="+", metavar="CONDITION", help="run these conditions, e.g. 'fastv 64, layer 2'")
     parser.add_argument("--ablations", action="store_true", help="variants of core tokens instead of the gates")
+    parser.add_argument("--trained", action="store_true", help="trained token selection beside untrained choices")
     options = parser.parse_args(arguments)
-    conditions = gates.ABLATIONS if options.ablations else gates.CONDITIONS
+    conditions = gates.ABLATIONS if options.ablations else gates.TRAINED if options.trained else gates.CONDITIONS
     known = [condition.name for condition in conditions]
     if unknown := [name for name in options.only or () if name not in known]:
         parser.error(f"unknown condition {unknown[0]!r}: choose from {'; '.join(known)}")
@@ -44,10 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
         replies = {one.name: gates.run(one, asked, model, processor, folder, log) for one in chosen}
     except UserError as error:
         parser.error(str(error))
-    text, met = gates.report(asked, replies, () if options.ablations else gates.GATES)
+    held = () if options.ablations else gates.TRAINED_GATES if options.trained else gates.GATES
+    text, met = gates.report(asked, replies, held)
     print(text)
-    if options.ablations:
-        return 0
+    if options.ablations or options.trained:
+        return 0 if met else 1
     print("\n| layer | positive, visual | positive, text | votes of the top 40 % |\n|---:|---:|---:|---:|")
     prompts = (
         processor(

@@ -40,9 +40,13 @@ def train_as_vit(options: argparse.Namespace) -> None:
     track.run(thresholds, options.stop_after)
     if name not in track.done:
         return
+    tokens = as_vit.kept(llava, pixels, LAYERS, thresholds.values)
+    control = as_vit.untrained_thresholds(llava, pixels, LAYERS, tokens)
     record = {
         "layers": list(LAYERS),
         "thresholds": [float(f"{value:.4g}") for value in thresholds.values],
+        "tokens": round(tokens, 1),
+        "control": [float(f"{value:.4g}") for value in control],
         "target": options.target,
         "seed": options.seed,
         "steps": options.steps,

@@ -101,6 +101,27 @@ def first_thresholds(model: Any, pixels: Tensor, layers: Sequence[int], keep: fl
     return found
 
 
+@torch.no_grad()
+def untrained_thresholds(model: Any, pixels: Tensor, layers: Sequence[int], tokens: float) -> list[float]:
+    """The control of trained thresholds: every place keeps one share, chosen so that ``tokens`` come out on average.
+
+    The shares are of all pictures' patches together, so that pictures still differ.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        keep = (low + high) / 2
+        thresholds = first_thresholds(model, pixels, layers, keep)
+        low, high = (keep, high) if kept(model, pixels, layers, thresholds) < tokens else (low, keep)
+    return thresholds
+
+
+@torch.no_grad()
+def kept(model: Any, pixels: Tensor, layers: Sequence[int], thresholds: Sequence[float]) -> float:
+    """Patches left of a picture at the end of the tower, on average."""
+    logs = torch.tensor(thresholds).log()
+    return run_tower(model, pixels, layers, partial(above, logs)).policy.sum(1).mean().item()
+
+
 def _block(block: Any, hidden: Tensor, policy: Tensor) -> tuple[Tensor, Tensor]:
     """One tower block under a policy (n, T), and the patches' scores (n, T - 1)."""
     attn = block.self_attn

@@ -105,6 +105,19 @@ GATES = (
 )  # fmt: skip
 
 
+TRAINED = (
+    Condition("dense"),
+    Condition("as_vit", "as_vit", {"layers": (2, 3, 4), "thresholds": (1.121e-7, 4.289e-6, 3.801e-5)}),
+    Condition("fastervlm 256", "fastervlm", {"keep": 256}),
+    Condition("random 256", "random", {"keep": 256}),
+)
+"""Trained thresholds inside the tower beside as many tokens by [CLS] attention at its output, and at random."""
+TRAINED_GATES = (
+    Gate("as_vit, trained, against a fixed count by [CLS] attention", ("as_vit",), "fastervlm 256"),
+    Gate("as_vit, trained, against random patches", ("as_vit",), "random 256"),
+)
+
+
 @dataclass(frozen=True)
 class Asked:
     """The questions of a check: scene and question, `_PER_SCENE` for each scene."""
