@@ -44,7 +44,8 @@ def count(scenes: Scenes, rng: random.Random, n: int) -> Files:
 
     def rows() -> Iterator[tuple[str, str, list[Scene]]]:
         for _ in range(n):
-            category, items = rng.choice(list(_PLURALS)), []
+            category = rng.choice(list(_PLURALS))
+            items: list[SceneObject] = []
             while not items:
                 scene = scenes()
                 items = of_category(scene, category)
@@ -55,6 +56,11 @@ def count(scenes: Scenes, rng: random.Random, n: int) -> Files:
             yield question, f"{_named(items)}: {len(items)}", [scene]
 
     return _files(rows())
+
+
+def colour_question(colour: str) -> str:
+    """What is asked about many pictures."""
+    return f"Name every {colour} object in the images, in their order."
 
 
 def many_images(scenes: Scenes, rng: random.Random, n: int) -> Files:
@@ -68,7 +74,7 @@ def many_images(scenes: Scenes, rng: random.Random, n: int) -> Files:
             shown = [scenes() for _ in range(IMAGES[number % len(IMAGES)])]
             colour = rng.choice(list(COLOURS))
             items = [item for scene in shown for item in scene.objects if item.colour == colour]
-            yield f"Name every {colour} object in the images, in their order.", _named(items), shown
+            yield colour_question(colour), _named(items), shown
 
     return _files(rows())
 
