@@ -237,8 +237,8 @@ def rows(model: Any, inputs: dict, options: argparse.Namespace) -> None:
         method = build_method(name, **ROW_METHODS[name])
         times, sample = _timed_steps(model, method, prompt, steps)
         own = [decode_bytes(model.config, _one_step(sample, step), element, 1) for step in range(steps)]
-        held = sum(sample.rows_held(layer, step) for layer in range(len(sample.rows_read)) for step in range(steps))
-        share = sum(map(sum, sample.rows_read)) / held if sample.rows_read else sum(sample.kv_lengths) * steps / held
+        rows = [sum(_rows_of(sample, step)) for step in range(steps)]
+        share = sum(rows) / sum(len(sample.kv_lengths) * (options.context + step + 1) for step in range(steps))
         print(
             f"  {name}, {100 * share:.1f} % of the rows: {1e3 * median(times):.1f} ms per token, "
             f"mean {1e3 * sum(times) / steps:.1f}"
@@ -261,6 +261,13 @@ def _timed_steps(model: Any, method: Any, prompt: dict, steps: int) -> tuple[lis
             decoder.step()
             times.append(clock(model.device) - start)
         return times, trace.drain()[0]
+
+
+def _rows_of(sample: Any, step: int) -> list[float]:
+    """KV rows read in a step, by layer."""
+    if sample.rows_read:
+        return [read[step] for read in sample.rows_read]
+    return [sample.rows_held(layer, step) for layer in range(len(sample.kv_lengths))]
 
 
 def _one_step(sample: Any, step: int) -> Any:
