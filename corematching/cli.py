@@ -32,6 +32,7 @@ RUNNERS = {
     "efficiency": "corematching.efficiency.bench.run",
     "prediction": "corematching.efficiency.prediction.run",
     "text": "corematching.perplexity.run",
+    "decode": "corematching.longdecode.run",
 }
 """What runs an experiment, by the setting ``runner``; imported when it is needed."""
 DRY_RUN = "corematching.evaluation.dry_run.dry_run"

@@ -2,7 +2,7 @@
 
 Usage: ``python scripts/train_selection.py as_vit --out FOLDER [--target 0.65] [--steps 160] [--seed 0]``. Scenes and
 questions are of the mini suite's *training* split. A checkpoint in the folder is written every two minutes; the same
-command goes on from it. What came out is printed and written to FOLDER as JSON (``as_vit``) or safetensors.
+command goes on from it. What came out is printed and written to FOLDER: ``as_vit-TARGET.json``, ``router-TARGET.pt``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from corematching import files
 from corematching.errors import UserError
 from corematching.models.loading import load_model
-from corematching.training import as_vit
+from corematching.training import as_vit, focusllava
 from corematching.training.language import Packer
 from corematching.training.loop import Track
 from corematching.training.selection import ask, frozen
@@ -57,19 +57,44 @@ def train_as_vit(options: argparse.Namespace) -> None:
     print(json.dumps(record))
 
 
+def train_focusllava(options: argparse.Namespace) -> None:
+    llava, _ = load_model("tiny")
+    frozen(llava)
+    name = f"focusllava-{options.target}"
+    stage = focusllava.RouterStage(name, options.steps, llava, Packer(build_tokenizer()), options.target, options.seed)
+    router = focusllava.Router(llava.config.vision_config.hidden_size, options.seed)
+    track = Track(name, [stage], options.out, partial(print, flush=True))
+    track.run(router, options.stop_after)
+    if name not in track.done:
+        return
+    record = {"target": options.target, "seed": options.seed, "steps": options.steps}
+    record |= {"scenes": options.steps * stage.scenes, "seconds": track.done[name]}
+    with files.replacing(options.out / f"router-{options.target}.pt") as temporary:
+        torch.save({"router": router.weights.detach(), **record}, temporary)
+    print(json.dumps(record))
+
+
+TRAINERS = {"as_vit": (train_as_vit, 0.65), "focusllava": (train_focusllava, 0.25)}
+"""By method: what trains it, and its usual target."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", choices=("as_vit",))
+    parser.add_argument("method", choices=tuple(TRAINERS))
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint and the result")
-    parser.add_argument("--target", type=float, default=0.65, help="share of the dense tower's FLOPs")
+    parser.add_argument(
+        "--target", type=float, help="share of the dense tower's FLOPs (0.65), or of the visual tokens (0.25)"
+    )
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop-after", type=int, default=None, help="end this run after so many steps")
     options = parser.parse_args(arguments)
+    train, usual = TRAINERS[options.method]
+    options.target = usual if options.target is None else options.target
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     try:
-        train_as_vit(options)
+        train(options)
     except UserError as error:
         parser.error(str(error))
     return 0

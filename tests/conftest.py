@@ -123,6 +123,14 @@ def predictor_file(random_llava, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def router_file(random_llava, tmp_path_factory):
+    """A router of ``focusllava`` for ``random_llava``, with random weights."""
+    path = tmp_path_factory.mktemp("router") / "router.pt"
+    torch.save({"router": torch.randn(3, 65, generator=torch.Generator().manual_seed(5))}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def text_model(tmp_path_factory):
     """A random CLIP of the tower's width with its own tokenizer: path of a folder."""
     folder = tmp_path_factory.mktemp("clip")

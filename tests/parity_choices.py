@@ -146,6 +146,13 @@ CHOICES = (
         "deviation: 5 billion tokens in the paper",
         "–",
     ),
+    Choice(
+        "focusllava",
+        "region, router, gate, balance",
+        "4 x 4 patches; one linear map of mean and maximum; top scale, no gate; a budget on the mean count",
+        "ours: abstract and reviews name the parts, no code was found",
+        "–",
+    ),
     Choice("h2o", "equal scores", "`torch.topk`'s order", "official code", "`ties=first`: lower position"),
     Choice(
         "csp",

@@ -36,6 +36,7 @@ CASES = {
     "visionzip": {"dominant": 8, "contextual": 2},
     "fastervlm": {"keep": 10},
     "vtc_cls": {"layer": 1, "keep": 10},
+    "focusllava": {"layer": 3},
     "as_vit": {"layers": (1, 2), "thresholds": (0.008, 0.016)},
     "divprune": {"keep": 10},
     "cdpruner": {"keep": 9},
@@ -55,8 +56,9 @@ HOW_DECODE_RAN = ("ffn_mode", "masked_steps")
 
 
 @pytest.fixture
-def build(small_guide, predictor_file, text_model):
+def build(small_guide, predictor_file, text_model, router_file):
     files = {"sgl": {"guide": small_guide}, "cdpruner": {"text_model": text_model}}
+    files |= {"focusllava": {"router": router_file}}
     files |= {name: {"predictor": predictor_file} for name in ("dejavu", "powerinfer")}
 
     def build(case):

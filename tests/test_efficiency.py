@@ -49,6 +49,7 @@ ON_TINY = {
     "pyramiddrop": {"layers": (3, 6, 9)},
     "sparsevlm": {"layers": (2, 4, 6)},
     "vtc_cls": {"layer": 3},
+    "focusllava": {"router": "packaged:routers/tiny_focusllava.pt", "layer": 6},
     "as_vit": {"layers": (2, 3, 4), "thresholds": (1e-6, 5e-5, 5e-5)},
     "sgl": {"guide": "tiny"},
 }

@@ -41,7 +41,7 @@ PARAMETERS = {
     "snapkv": {"keep": 40},
 }
 # These need files beside the model: a CLIP text tower, trained predictors (tested apart), a second model.
-NEEDS_FILES = {"cdpruner", "dejavu", "powerinfer", "sgl"}
+NEEDS_FILES = {"cdpruner", "focusllava", "dejavu", "powerinfer", "sgl"}
 CHOOSE_ROWS = {"refreshkv", "adakv", "actqkv", "attention_predictor", "pod"}
 METHODS = [name for name in group_names("method") if name not in NEEDS_FILES | CHOOSE_ROWS]
 

@@ -36,9 +36,12 @@ def dry_run(config: DictConfig) -> int:
     for line in banner(settings, answers=settings["runner"] == "accuracy"):
         print(line)
     print("dry run: nothing is computed or fetched")
-    own = {"efficiency": _efficiency_lines, "prediction": _prediction_lines, "text": _text_lines}.get(
-        settings["runner"]
-    )
+    own = {
+        "efficiency": _efficiency_lines,
+        "prediction": _prediction_lines,
+        "text": _text_lines,
+        "decode": _decode_lines,
+    }.get(settings["runner"])
     for line in own(settings) if own else _accuracy_lines(config):
         print(line)
     return 0
@@ -77,6 +80,15 @@ def _text_lines(settings: Mapping[str, Any]) -> Iterator[str]:
     yield f"tokens: {cells * text['windows'] * (text['context'] + text['tokens']):,} to run, done cells included"
     yield f"disk: {_bytes(_free(folder))} free"
     yield "to download: nothing; model and text are installed by make smol"
+
+
+def _decode_lines(settings: Mapping[str, Any]) -> Iterator[str]:
+    folder, cells, asked = asks.folder_of(settings), len(method_rows(settings)), settings["decode"]
+    lengths = list(dict.fromkeys(asked["images"]))
+    yield f"{folder.name}: {cells * len(lengths)} cells on {settings['model']['name']} -> {folder}"
+    each = f"{asked['prompts']} prompts of {', '.join(map(str, lengths))} pictures, {asked['tokens']} tokens answered"
+    yield f"each method: {each}; dense and method in turns"
+    yield f"disk: {_bytes(_free(folder))} free"
 
 
 def _prediction_lines(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -37,12 +37,13 @@ from corematching.evaluation.fields import (
 )
 from corematching.registry import PER_IMAGE, method_defaults
 
-RUNNERS = ("accuracy", "efficiency", "prediction", "text")
+RUNNERS = ("accuracy", "efficiency", "prediction", "text", "decode")
 _OWN_PARTS = {
     "efficiency": ("+experiment=efficiency", ("efficiency",)),
     "hardware": ("+experiment=efficiency", ("efficiency", "prediction")),
     "prediction": ("+experiment=paper_hardware", ("prediction",)),
     "text": ("+experiment=real_language_model", ("text",)),
+    "decode": ("+experiment=long_decode", ("decode",)),
 }
 """Settings that some runners need and others refuse: an experiment that has them, and those runners."""
 Prompt = Annotated[str, OneOf("prompt", lambda: PROMPTS)]
@@ -292,6 +293,14 @@ class RunningText(Part):
     tokens: Count
 
 
+class LongDecode(Part):
+    """Prompts and answers of the long-decode road; see :mod:`corematching.longdecode`."""
+
+    images: Annotated[list[Count], OneOrMany, Field(min_length=1), Worded("whole numbers of at least 1")]
+    prompts: Count
+    tokens: Annotated[int, Field(ge=2, le=100_000), Worded("a whole number of at least 2")]
+
+
 class Generation(Part):
     """Settings of generation."""
 
@@ -320,6 +329,7 @@ class Settings(Part):
     efficiency: Efficiency | None = None
     prediction: Prediction | None = None
     text: RunningText | None = None
+    decode: LongDecode | None = None
     methods: Annotated[list[Annotated[Entry, Named]], OneOrMany]
     keep: Annotated[list[Any], OneOrMany]
     match: Annotated[str, OneOf("match", lambda: ("keep", "average"))]

@@ -110,11 +110,16 @@ TRAINED = (
     Condition("as_vit", "as_vit", {"layers": (2, 3, 4), "thresholds": (1.121e-7, 4.289e-6, 3.801e-5)}),
     Condition("fastervlm 256", "fastervlm", {"keep": 256}),
     Condition("random 256", "random", {"keep": 256}),
+    Condition("focusllava", "focusllava", {"router": "packaged:routers/tiny_focusllava.pt", "layer": 6, "keep": 1.0}),
+    Condition("pooling 144", "pooling", {"keep": 144, "layer": -1}),
 )
-"""Trained thresholds inside the tower beside as many tokens by [CLS] attention at its output, and at random."""
+"""Trained thresholds inside the tower beside as many tokens by [CLS] attention at its output, and at random; a trained
+router of scales beside even pooling to about as many tokens.
+"""
 TRAINED_GATES = (
     Gate("as_vit, trained, against a fixed count by [CLS] attention", ("as_vit",), "fastervlm 256"),
     Gate("as_vit, trained, against random patches", ("as_vit",), "random 256"),
+    Gate("focusllava, trained, against even pooling", ("focusllava",), "pooling 144"),
 )
 
 

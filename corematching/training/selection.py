@@ -25,19 +25,22 @@ FIRST_SCENE = 40_000_000
 
 @dataclass(frozen=True)
 class Asked:
-    """One step's pictures (n, 3, 336, 336) and the questions about them, packed behind all 576 visual tokens."""
+    """One step's pictures (n, 3, 336, 336) and the questions about them, packed behind their visual tokens."""
 
     pixels: Tensor
     batch: PackedBatch
 
 
-def ask(packer: Packer, seed: int, step: int, scenes: int) -> Asked:
-    """The scenes and questions of a training step: a pure function of seed and step."""
+def ask(packer: Packer, seed: int, step: int, scenes: int, places: Tensor | None = None) -> Asked:
+    """The scenes and questions of a training step: a pure function of seed and step.
+
+    ``places`` (long [visual]): raster index of each visual token; None = those of the 576 patches.
+    """
     rng = random.Random(f"selection:{seed}:{step}")
     first = FIRST_SCENE + (seed * 1_000_000 + step) * scenes
     drawn = [make_scene(first + number, "train") for number in range(scenes)]
     questions = [[QUESTIONS.draw(scene, rng) for _ in range(PER_SCENE)] for scene in drawn]
-    index = torch.arange(GRID * GRID).expand(scenes, -1)
+    index = (torch.arange(GRID * GRID) if places is None else places).expand(scenes, -1)
     return Asked(pixels_of(drawn), packer.pack(drawn, index, questions, rng))
 
 
