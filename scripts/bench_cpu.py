@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from corematching import build_method, flops, load_model
+from corematching import build_method, files, flops, load_model
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import decode_bytes
 from corematching.efficiency.ffn_ways import measured_ways
@@ -180,7 +180,48 @@ def short(model: Any, inputs: dict, options: argparse.Namespace) -> None:
         method = build_method(name, **parameters)
         pair = in_turns(model, build_method("dense"), method, inputs, lengths, options.repeats, "compiled")
         times = ", ".join(f"{pair.speedup(length).median:.3f} at {length}" for length in lengths)
-        print(f"  {name}, times dense by answer tokens: {times}", flush=True)
+        print(f"  {name}, times dense by answer tokens: {times} (target >= 1 everywhere)", flush=True)
+
+
+def batch(model: Any, inputs: dict, options: argparse.Namespace) -> None:
+    """Batches of prompts that chose different neurons: time to first token, tokens per second, against dense.
+
+    Where a batch's neurons are computed over their union, that is by measurement, as for one prompt.
+    """
+    methods = {
+        "dense": build_method("dense"),
+        "core_neurons keep 0.4": build_method("core_neurons", keep=0.4),
+        "corematching keep 64": build_method("corematching", threshold="keep", keep=64),
+    }
+    for size in options.batch:
+        prompts = [fixed_inputs(model, seed=seed) for seed in range(size)]
+        together = {name: torch.cat([prompt[name] for prompt in prompts]) for name in inputs}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+        for turn in range(max(1, options.repeats // 3) + 1):
+            for name, method in methods.items():
+                with method(model), torch.inference_mode():
+                    times = _batch_times(model, together, steps=16)
+                if turn:  # the first warms up
+                    found[name].append(times)
+        base = tuple(median(column) for column in zip(*found["dense"], strict=True))
+        for name, times in found.items():
+            first, step = (median(column) for column in zip(*times, strict=True))
+            print(
+                f"  batch {size}, {name}: first token {1e3 * first:.0f} ms ({base[0] / first:.2f} x dense), then "
+                f"{size / step:.1f} tokens/s ({base[1] / step:.2f} x dense; target >= 1)",
+                flush=True,
+            )
+
+
+def _batch_times(model: Any, inputs: dict, steps: int) -> tuple[float, float]:
+    """Seconds to the first token, and per decode step, the choice of neurons included."""
+    start = clock(model.device)
+    cache, token = prefill(model, inputs)
+    first = clock(model.device)
+    decoder = decoder_of(model, inputs, cache, token, steps, "compiled")
+    for _ in range(steps):
+        decoder.step()
+    return first - start, (clock(model.device) - first) / steps
 
 
 def engine(model: Any, inputs: dict, options: argparse.Namespace) -> None:
@@ -287,7 +328,15 @@ def report(what: str, speedup: Spread, limit: float, kind: str, target: float) -
     )
 
 
-PARTS = {"decode": decode, "prefill": prefills, "total": total, "short": short, "engine": engine, "tokens": tokens}
+PARTS = {
+    "decode": decode,
+    "prefill": prefills,
+    "total": total,
+    "short": short,
+    "batch": batch,
+    "engine": engine,
+    "tokens": tokens,
+}
 ON_REQUEST = {"rows": rows}
 """Parts that are measured when named only."""
 
@@ -299,6 +348,8 @@ def main() -> None:
     )
     parser.add_argument("--model", default="llava_1_5_7b")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers, at full width")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], help="batch sizes of part batch")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--context", type=int, default=4096, help="of part rows: KV rows of the prompt")
@@ -311,8 +362,11 @@ def main() -> None:
         if name not in ROW_METHODS:
             parser.error(f"unknown method {name!r}: choose from {', '.join(ROW_METHODS)}")
     keep_freed_memory()
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}", flush=True)
-    model, _ = load_model(options.model, weights="random", num_layers=options.layers, dtype="float32", device="cpu")
+    machine = (
+        f"{files.cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(f"{machine}, {options.dtype}, load {os.getloadavg()[0]:.1f}", flush=True)
+    model, _ = load_model(options.model, weights="random", num_layers=options.layers, dtype=options.dtype, device="cpu")
     peaks = measure_peaks(model.device, model.dtype)
     print(f"peaks: read {peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {peaks.flops / 1e9:.0f} GFLOP/s")
     print(

@@ -187,3 +187,25 @@ def test_a_way_can_be_ordered(measurable, way, monkeypatch):
 def test_without_a_compiler_torch_does_it(measurable, monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     assert kernels.ways(measurable) == ("in_place",)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@torch.no_grad()
+def test_a_batch_is_computed_over_the_union_of_its_neurons_where_that_is_faster(measurable, pays, monkeypatch):
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    asked = []
+    timings = Timings(2.0, 1.0, 1.0, native=1.0 if pays else 3.0)
+    monkeypatch.setattr(ways, "measure", lambda mlp, count, tokens: asked.append((count, tokens)) or timings)
+    index, x = torch.tensor([[1, 2, 3], [2, 3, 60], [9, 10, 11]]), torch.randn(3, 1, 64)
+    chosen = ffn.FFNBuilder()(measurable, index)
+    assert isinstance(chosen, ffn.GroupedFFN) == pays
+    assert asked == [(4, 3)], "seven neurons of 96 are one twentieth"
+    for row in range(3):
+        assert torch.allclose(chosen(x)[row].double(), reference(measurable, index[row], x[row]), atol=1e-5)
+    chosen.take(torch.tensor([2, 0]))
+    for row, was in enumerate((2, 0)):
+        assert torch.allclose(chosen(x[:2])[row].double(), reference(measurable, index[was], x[row]), atol=1e-5)
+    longer = torch.randn(2, 3, 64)
+    assert torch.allclose(chosen(longer)[1].double(), reference(measurable, index[0], longer[1]), atol=1e-5)
+    assert chosen.mode == "masked"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from corematching import kernels
-from corematching.engine.ways import Plan, by_rule, plan_for
+from corematching.engine.ways import Plan, by_rule, grouping_pays, plan_for
 
 
 def neuron_major(mlp: Any) -> Callable[[], None]:
@@ -217,6 +217,33 @@ class MaskedFFN:
         """Has none."""
 
 
+class GroupedFFN(MaskedFFN):
+    """The same for a batch, computed over the neurons that any of its samples chose, read in place.
+
+    The trace says "masked": what a sample costs here depends on its batch.
+    """
+
+    def __init__(self, mlp: Any, index: Tensor) -> None:
+        super().__init__(mlp, index)
+        self._find()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, q, d] -> [B, q, d]."""
+        if not kernels.usable(self.mlp, x, "native"):
+            return super().__call__(x)
+        chosen = self.chosen if x.shape[1] == 1 else self.chosen.repeat_interleave(x.shape[1], 0)
+        return kernels.chosen_ffn(self.mlp, self.union, x, "native", chosen)
+
+    def take(self, rows: Tensor) -> None:
+        """The batch is now made of these rows (long) of what it was."""
+        super().take(rows)
+        self._find()
+
+    def _find(self) -> None:
+        self.union = self.mask[:, 0].any(0).nonzero()[:, 0]
+        self.chosen = self.mask[:, 0].index_select(1, self.union)
+
+
 @dataclass
 class FFNBuilder:
     """Makes the decode FFNs of one installed method and keeps the room their rows are gathered into.
@@ -238,7 +265,9 @@ class FFNBuilder:
         if not sliceable(mlp):
             return MaskedFFN(mlp, index, "whole")
         if not _rows_agree(index):
-            return MaskedFFN(mlp, index)
+            union = 0 if is_streamed(mlp) or self.way != "auto" else len(index.unique())
+            pays = union > 0 and grouping_pays(mlp, union, len(index))
+            return GroupedFFN(mlp, index) if pays else MaskedFFN(mlp, index)
         if is_streamed(mlp):
             return SlicedFFN(mlp, index[0], self._room(mlp, index), copied=True)
         plan = self._plan(mlp, index)

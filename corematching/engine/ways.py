@@ -137,7 +137,15 @@ def steps_to_repay(share: float) -> float:
     return GATHER_COST * share / (1 - share) if share < 1 else math.inf
 
 
-def measured(mlp: Any, count: int, again: bool = False) -> Timings:
+def grouping_pays(mlp: Any, count: int, tokens: int) -> bool:
+    """Whether a batch whose samples chose different neurons is faster over the union of so many than whole."""
+    if not kernels.covers(mlp, "native") or _bytes(mlp) < WORTH_MEASURING or tokens > kernels.native.MOST_TOKENS:
+        return False
+    found = measured(mlp, count, tokens=tokens)
+    return found.native is not None and found.native < found.masked
+
+
+def measured(mlp: Any, count: int, again: bool = False, tokens: int = 1) -> Timings:
     """Timings for about so many neurons of an FFN like this: from an earlier process on such a machine, else measured.
 
     Parameters
@@ -146,13 +154,15 @@ def measured(mlp: Any, count: int, again: bool = False) -> Timings:
         A gated FFN with neuron-major down weight.
     again
         Measure even if it is known.
+    tokens
+        Tokens of a step: samples of a batch.
     """
     width = len(mlp.gate_proj.weight)
     count = max(1, round(STEPS * count / width)) * width // STEPS  # methods may choose another number for every token
-    path, key = files.cache_home() / "ffn_ways.json", _key(mlp, count)
+    path, key = files.cache_home() / "ffn_ways.json", _key(mlp, count, tokens)
     known = _read(path)
     if again or key not in known:
-        known[key] = measure(mlp, count)
+        known[key] = measure(mlp, count, tokens)
         _read.cache_clear()
         files.write(path, json.dumps({name: asdict(found) for name, found in known.items()}, indent=1) + "\n")
     return known[key]
@@ -168,21 +178,21 @@ def _read(path: Path) -> dict[str, Timings]:
         return {}
 
 
-def _key(mlp: Any, count: int) -> str:
+def _key(mlp: Any, count: int, tokens: int) -> str:
     weight = mlp.gate_proj.weight
     shape = f"{count} of {weight.shape[0]} x {weight.shape[1]}"
     machine = f"{files.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     dtype, kernel = str(weight.dtype).removeprefix("torch."), "+".join(kernels.ways(mlp)) or "no kernel"
-    return f"{machine}, {dtype}, {shape}, {kernel}"
+    return f"{machine}, {dtype}, {shape}, {kernel}" + (f", {tokens} tokens" if tokens > 1 else "")
 
 
-def measure(mlp: Any, count: int) -> Timings:
+def measure(mlp: Any, count: int, tokens: int = 1) -> Timings:
     """Time the ways by turns, on one FFN and random neurons; the first turn touches memory and is discarded."""
     gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.t()
     generator = torch.Generator().manual_seed(0)
     index = torch.randperm(len(gate), generator=generator)[:count].sort().values
     with torch.inference_mode():
-        x = torch.randn(1, 1, gate.shape[1], generator=generator).to(gate.dtype)
+        x = torch.randn(tokens, 1, gate.shape[1], generator=generator).to(gate.dtype)
         rows = [torch.cat([gate[index], up[index]]), down[index]]
 
         def gather() -> None:
@@ -195,7 +205,7 @@ def measure(mlp: Any, count: int) -> Timings:
             return (mlp.act_fn(one) * two) @ rows[1]
 
         work: dict[str, Callable[[], Any]] = {"masked": lambda: mlp(x), "gather": gather, "gathered": gathered}
-        for way in kernels.ways(mlp):
+        for way in (way for way in kernels.ways(mlp) if kernels.usable(mlp, x, way)):
             work[way] = partial(kernels.chosen_ffn, mlp, index, x, way)
         times: dict[str, list[float]] = {name: [] for name in work}
         for turn in range(ROUNDS + 1):

@@ -13,6 +13,7 @@ from corematching.benchmarks import Benchmark, DataSource, load_benchmark, load_
 from corematching.errors import UserError
 from corematching.evaluation import asks, machine, provenance
 from corematching.evaluation.cells import Cell, canonical_json
+from corematching.evaluation.dtypes import cpu_dtype
 from corematching.evaluation.matching import MATCHED, Shape, matched_parameters
 from corematching.evaluation.settings import read_settings
 from corematching.registry import build_method, method_defaults
@@ -244,7 +245,7 @@ def model_identity(model: Mapping[str, Any], fetch: bool = True) -> dict[str, An
     on_gpu = gpus > 0 and model["device"] != "cpu"
     dtype = model["dtype"]
     if dtype == "auto":
-        dtype = model.get("released_in", "float16") if on_gpu else "float32"
+        dtype = model.get("released_in", "float16") if on_gpu else cpu_dtype(model)
     identity = {
         "name": model["name"],
         "path": model["path"],
