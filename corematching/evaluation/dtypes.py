@@ -36,7 +36,7 @@ def cpu_dtype(model: Mapping[str, Any]) -> str:
     if not {"num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"} <= set(text):
         return "float32"
     text["num_hidden_layers"] = model.get("num_layers") or text["num_hidden_layers"]
-    large = Shapes(text, architecture.get("vision_config") or {}).decoder_weights >= LARGE
+    large = Shapes({**architecture, "text_config": text}).decoder_weights >= LARGE
     return "bfloat16" if large and bfloat16_is_faster() else "float32"
 
 
