@@ -30,7 +30,7 @@ def processor(monkeypatch, tmp_path):
     ],
 )
 def test_large_models_take_bfloat16_where_it_is_faster(name, changes, faster, expected, processor, monkeypatch):
-    monkeypatch.setattr(dtypes, "bfloat16_is_faster", lambda: faster)
+    monkeypatch.setattr(dtypes, "bfloat16_is_faster", lambda measure: faster)
     model = {**groups.load("model", name), **changes}
     model |= {"device": "cpu", "weights": "random" if "architecture" in model else "pretrained"}
     assert model_identity(model)["dtype"] == expected
@@ -38,15 +38,16 @@ def test_large_models_take_bfloat16_where_it_is_faster(name, changes, faster, ex
 
 def test_processors_without_it_are_not_asked(processor, monkeypatch):
     monkeypatch.setattr(dtypes, "_flags", lambda: {"avx2"})
-    monkeypatch.setattr(dtypes, "bfloat16_is_faster", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(dtypes, "bfloat16_is_faster", lambda measure: pytest.fail("measured"))
     assert dtypes.cpu_dtype(groups.load("model", "llava_1_5_7b")) == "float32"
 
 
 @pytest.mark.parametrize(("half", "expected"), [((0.1, 0.1), True), ((0.1, 3.0), False), ((3.0, 0.1), False)])
 def test_both_products_and_reads_must_be_faster_and_are_measured_once(half, expected, processor, monkeypatch):
     asked = []
-    monkeypatch.setattr(dtypes, "_seconds", lambda dtype: asked.append(dtype) or (half if len(asked) == 1 else (1, 1)))
+    monkeypatch.setattr(dtypes, "_seconds", lambda name: asked.append(name) or (half if len(asked) == 1 else (1, 1)))
+    assert dtypes.bfloat16_is_faster(measure=False) is False, "a dry run measures nothing"
     assert dtypes.bfloat16_is_faster() is expected
-    assert dtypes.bfloat16_is_faster() is expected
+    assert dtypes.bfloat16_is_faster(measure=False) is expected
     assert len(asked) == 2
     assert list(json.loads((processor / "dtypes.json").read_text()).values()) == [expected]

@@ -6,8 +6,10 @@ Nothing here imports torch unless the model is large and the processor says that
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ _FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _TRIES = 5
 
 
-def cpu_dtype(model: Mapping[str, Any]) -> str:
+def cpu_dtype(model: Mapping[str, Any], measure: bool = True) -> str:
     """The type of a model's weights on this processor, for ``dtype: auto``.
 
     Parameters
     ----------
     model
         Its configuration; one without an ``architecture`` counts as small.
+    measure
+        Whether to measure what is not known yet; else that counts as slower.
     """
     architecture = model.get("architecture")
     if not architecture or not _FLAGS & _flags():
@@ -37,30 +41,29 @@ def cpu_dtype(model: Mapping[str, Any]) -> str:
         return "float32"
     text["num_hidden_layers"] = model.get("num_layers") or text["num_hidden_layers"]
     large = Shapes({**architecture, "text_config": text}).decoder_weights >= LARGE
-    return "bfloat16" if large and bfloat16_is_faster() else "float32"
+    return "bfloat16" if large and bfloat16_is_faster(measure) else "float32"
 
 
-def bfloat16_is_faster() -> bool:
+def bfloat16_is_faster(measure: bool = True) -> bool:
     """Whether products and reads both take less time than in float32; measured once per machine and torch version."""
-    import torch
-
     path = files.cache_home() / "dtypes.json"
-    key = f"{files.cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    key = f"{files.cpu_name()}, {len(os.sched_getaffinity(0))} cores, torch {version('torch')}"
     try:
         known = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}
-    if not isinstance(known.get(key), bool):
-        pairs = zip(_seconds(torch.bfloat16), _seconds(torch.float32), strict=True)
-        known[key] = all(half < full for half, full in pairs)
-        files.write(path, json.dumps(known, indent=1) + "\n")
+    if isinstance(known.get(key), bool) or not measure:
+        return known.get(key) is True
+    known[key] = all(half < full for half, full in zip(_seconds("bfloat16"), _seconds("float32"), strict=True))
+    files.write(path, json.dumps(known, indent=1) + "\n")
     return known[key]
 
 
-def _seconds(dtype: Any) -> tuple[float, float]:
+def _seconds(name: str) -> tuple[float, float]:
     """The shortest times of a matrix product as in prefill and of a matrix-vector product as in decode."""
     import torch
 
+    dtype = getattr(torch, name)
     with torch.inference_mode():
         weight, tokens = torch.ones(4096, 4096, dtype=dtype), torch.ones(512, 4096, dtype=dtype)
         best = []

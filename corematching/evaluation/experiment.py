@@ -245,7 +245,7 @@ def model_identity(model: Mapping[str, Any], fetch: bool = True) -> dict[str, An
     on_gpu = gpus > 0 and model["device"] != "cpu"
     dtype = model["dtype"]
     if dtype == "auto":
-        dtype = model.get("released_in", "float16") if on_gpu else cpu_dtype(model)
+        dtype = model.get("released_in", "float16") if on_gpu else cpu_dtype(model, measure=fetch)
     identity = {
         "name": model["name"],
         "path": model["path"],
