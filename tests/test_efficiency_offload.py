@@ -56,6 +56,23 @@ def test_reading_a_streamed_weight_unannounced_cannot_look_right(random_llava):
         assert weight.untyped_storage().nbytes() == weight.element_size()
 
 
+def test_a_device_smaller_than_the_model_holds_no_byte_too_many(random_llava, prompts):
+    tensors = [*random_llava.parameters(), *random_llava.buffers()]
+    before, whole = [tensor.clone() for tensor in tensors], sum(t.numel() * t.element_size() for t in tensors)
+    expected = generate(random_llava, prompts[0], 5)
+    budget = whole - 2 * FFN_BYTES  # four FFNs stay on the host, two staging buffers take their place
+    with offload(random_llava, 2, device="cpu", budget=budget) as traffic:
+        assert traffic.placed == budget
+        with cm.build_method("dense")(random_llava):
+            assert torch.equal(generate(random_llava, prompts[0], 5), expected)
+    with (
+        pytest.raises(cm.UserError, match="memory budget too small"),
+        offload(random_llava, 2, device="cpu", budget=budget - 1),
+    ):
+        pytest.fail("placed more than allowed")
+    assert all(map(torch.equal, tensors, before))
+
+
 def test_interleaved_answers_are_refused_rather_than_mixed_up(random_llava, prompts):
     with offload(random_llava, 0), cm.build_method("core_neurons")(random_llava), torch.inference_mode():
         first = random_llava(**prompts[0], use_cache=True)

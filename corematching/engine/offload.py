@@ -8,7 +8,7 @@ chooses neurons takes its slices from the staging buffer during prefill, keeps t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +57,8 @@ class Traffic:
 
     bytes: int = 0
     copies: int = 0
+    placed: int = 0
+    """Bytes of weights and staging buffers that were put on the device before the first prompt."""
 
 
 @dataclass
@@ -129,18 +131,30 @@ class _Streamer:
         return stage
 
 
-def _forget(mlp: Any) -> None:
+def _forget(mlp: Any, device: torch.device | None = None) -> None:
     """Point the weights at nothing: whoever reads them unannounced gets NaN, not another layer's weights."""
     for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
         weight = linear.weight
-        weight.data = weight.data.new_full((1, 1), torch.nan).expand(weight.shape)
+        nothing = weight.data.new_full((1, 1), torch.nan, device=device or weight.device)
+        weight.data = nothing.expand(weight.shape)
 
 
 @contextmanager
-def offload(model: Any, resident: int) -> Iterator[Traffic]:
+def offload(
+    model: Any, resident: int, device: str | torch.device | None = None, budget: float | None = None
+) -> Iterator[Traffic]:
     """Keep the FFNs of the first ``resident`` decoder layers on the device, the others on the host.
 
     On exit all weights are back where they were.
+
+    Parameters
+    ----------
+    device
+        Where to compute; None: where the model is. A model that was loaded on the host (``load_model(device="cpu")``)
+        is moved there but for the FFNs to be streamed, so that a device may be smaller than the model from the first
+        byte on.
+    budget
+        Bytes of weights and staging buffers that the device may hold; None: whatever it takes.
 
     Yields
     ------
@@ -150,20 +164,28 @@ def offload(model: Any, resident: int) -> Iterator[Traffic]:
     Raises
     ------
     UserError
-        Inside a method's context: methods plan by where weights are.
+        Inside a method's context: methods plan by where weights are. If weights and staging buffers exceed the budget;
+        then nothing was moved.
     """
     if getattr(model, "_corematching", None) is not None:
         raise UserError("weights move to the host before a method is installed: enter offload() outside its context")
     layers: Any = family_of(model.config).decoder(model).layers
     streamed = list(range(resident, len(layers)))
     mlps = {layer: layers[layer].mlp for layer in streamed}
-    device = model.device
+    home, device = model.device, torch.device(model.device if device is None else device)
+    stays = _others(model, mlps.values())
+    placed = sum(_size(tensor) for tensor in stays) + (STAGES * _ffn_size(mlps[streamed[0]]) if streamed else 0)
+    if budget is not None and placed > budget:
+        raise UserError(f"memory budget too small: {placed / 1e9:.3f} GB to place, {budget / 1e9:.3f} GB allowed")
     host = {layer: _to_host(mlp, device) for layer, mlp in mlps.items()}
-    streamer = _Streamer(streamed, mlps, host, device, Traffic())
     undo: list[Callable[[], None]] = []
+    streamer = _Streamer([], mlps, host, device, Traffic(placed=placed))
     try:
+        for mlp in mlps.values():
+            _forget(mlp, device)
+        _move(stays, device)
+        streamer = _Streamer(streamed, mlps, host, device, streamer.traffic)
         for layer, mlp in mlps.items():
-            _forget(mlp)
             mlp.streamed = True
             undo.append(mlp.gate_proj.register_forward_pre_hook(functools.partial(streamer.need, layer)).remove)
         if device.type == "cuda":
@@ -178,8 +200,29 @@ def offload(model: Any, resident: int) -> Iterator[Traffic]:
         for layer, mlp in mlps.items():
             vars(mlp).pop("streamed", None)
             gate, up, down = host[layer]
-            mlp.gate_proj.weight.data, mlp.up_proj.weight.data = gate.to(device), up.to(device)
-            mlp.down_proj.weight.data = down.to(device).t().contiguous()
+            mlp.gate_proj.weight.data, mlp.up_proj.weight.data = gate.to(home), up.to(home)
+            mlp.down_proj.weight.data = down.to(home).t().contiguous()
+        _move(stays, home)
+
+
+def _others(model: Any, streamed: Iterable[Any]) -> list[Tensor]:
+    """Every parameter and buffer, but for the weights of streamed FFNs."""
+    apart = {id(part.weight) for mlp in streamed for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)}
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in apart]
+
+
+def _move(tensors: Iterable[Tensor], device: torch.device) -> None:
+    with torch.inference_mode(False):
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _ffn_size(mlp: Any) -> int:
+    return sum(_size(linear.weight) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
 
 def _to_host(mlp: Any, device: torch.device) -> list[Tensor]:
