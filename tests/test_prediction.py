@@ -126,6 +126,7 @@ def test_a_card_that_is_too_small_is_said_in_the_table(tmp_path: Path, capsys):
         (["hardware=[titan_xp,a100]", "hardware.memory=1e9"], "'hardware.memory' needs one card"),
         (["hardware=titan_xp", "hardware.dtype=bfloat16"], "hardware.dtype=bfloat16 has no peak on NVIDIA Titan Xp"),
         (["hardware=this"], "hardware=this has no public figures"),
+        (["hardware=a100", "model=qwen2_5_vl_3b"], "model type 'qwen2_5_vl' cannot be predicted from shapes yet"),
     ],
 )
 def test_wrong_cards_take_one_line(words, told, tmp_path: Path, capsys):

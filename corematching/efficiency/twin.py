@@ -43,7 +43,7 @@ def trace_of_shapes(config: Any, method: Method, before: int = 35, after: int = 
     Raises
     ------
     UserError
-        If the method needs something that only the model itself has, such as trained predictors.
+        If the model is no LLaVA-1.5, or the method needs what only the model itself has, such as trained predictors.
     """
     unit, depth = _divisor(config), config.text_config.num_hidden_layers
     layers = _layers_enough(config, method)
@@ -83,6 +83,8 @@ def _places(stages: Sequence[Stage]) -> list[tuple[str, int | None]]:
 def _divisor(config: Any) -> int:
     """By how much widths can be divided: rotary embeddings need heads of an even width, the tower's of at least 1."""
     text, vision = config.text_config, config.vision_config
+    if config.model_type != "llava":
+        raise UserError(f"model type {config.model_type!r} cannot be predicted from shapes yet: give a LLaVA-1.5")
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return gcd(head // 2, vision.hidden_size // vision.num_attention_heads)
 
