@@ -214,7 +214,8 @@ def _others(model: Any, streamed: Iterable[Any]) -> list[Tensor]:
 def _move(tensors: Iterable[Tensor], device: torch.device) -> None:
     with torch.inference_mode(False):
         for tensor in tensors:
-            tensor.data = tensor.data.to(device)
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)
 
 
 def _size(tensor: Tensor) -> int:
