@@ -33,6 +33,7 @@ KNOWN = (
     *("divprune", "dart", "prumerge", "prumerge_plus", "fastervlm", "vtc_cls", "tome", "tome_pre_llm", "topv", "csp"),
     *("sgl", "h2o", "snapkv", "streaming_llm", "coreinfer", "wanda_neurons", "dejavu", "powerinfer"),
     *("corematching_release", "pyramidkv", "adakv", "refreshkv", "actqkv", "attention_predictor", "pod"),
+    *("as_vit", "focusllava"),
 )
 
 # Seven colours and ten markers have no common divisor: counting both up together meets every pair once.
