@@ -7,12 +7,14 @@ import torch
 from small_families import SMALL_FAMILIES, inputs_of, noise, small_family
 from torch.utils.flop_counter import FlopCounterMode
 
+import corematching as cm
 from corematching import groups
 from corematching.cost.towers import tower_of
 from corematching.efficiency.inputs import fixed_inputs, visual_inputs
 from corematching.errors import UserError
 from corematching.models.families import family_of
 from corematching.models.loading import load_config
+from corematching.models.support import refusal
 
 
 @pytest.fixture(scope="module", params=SMALL_FAMILIES)
@@ -30,6 +32,33 @@ def test_tower_and_projector_are_torchs_count(small):
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model.model.get_image_features(**given)
     assert tower.flops(patches) + tower.projector_flops(patches) == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+METHODS = [
+    cm.build_method("dense"),
+    *(cm.build_method(name, keep=0.5, layer=1) for name in ("random", "uniform", "pooling")),
+    cm.build_method("fastv", keep=0.5, layer=2, per_image=True),
+    cm.build_method("pyramiddrop", layers=[1, 2, 3], keeps=[0.8, 0.5, 0.2]),
+    cm.build_method("dart", keep=0.5, layer=1, image_pivots=1, text_pivots=1),
+    cm.build_method("sparsevlm", layers=[1, 2], schedule=[0.6, 0.3], keep=64),
+    cm.build_method("topv", layer=1, keep=0.5),
+    *(cm.build_method(name, keep=0.5) for name in ("h2o", "snapkv", "csp", "core_neurons", "random_neurons")),
+    cm.build_method("corematching", layer=2),
+]
+
+
+def test_flops_are_torchs_count_for_every_method_that_runs(small):
+    model, inputs = small
+    for method in METHODS:
+        if refusal(model.config, method):
+            continue
+        with (
+            torch.inference_mode(),
+            method(model) as trace,
+            FlopCounterMode(display=False) as counter,
+        ):
+            model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert cm.flops(model.config, trace).total == pytest.approx(counter.get_total_flops(), rel=1e-3), method
 
 
 def test_weights_are_the_models(small):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from masked import answered
-from small_families import small_family
+from small_families import SMALL_FAMILIES, small_family
 
 import corematching as cm
 from corematching.efficiency.inputs import fixed_inputs
@@ -20,7 +20,7 @@ METHODS = {
 STEPS = 4
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.fixture(scope="module", params=SMALL_FAMILIES)
 def small(request):
     model = small_family(request.param)[0]
     return model, fixed_inputs(model, before=5, after=6)
