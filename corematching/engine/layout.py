@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching.errors import UserError
 from corematching.methods.base import Keep, Replace
 
 
@@ -203,7 +204,11 @@ class Layout:
 
     def _mixed(self, decision: Replace, rows: Tensor) -> Tensor:
         """What the visual tokens' rows [B, n, d] become when the tokens are replaced: combined as they are."""
-        assert decision.mix is not None  # methods without one are refused on such models
+        if decision.mix is None:
+            raise UserError(
+                "this model adds visual features between layers: a method that combines tokens must say how "
+                "(Replace.mix)"
+            )
         return decision.mix(taken(rows, self.visual))
 
 

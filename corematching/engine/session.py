@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.output_capturing import capture_outputs
 
-from corematching.engine import calls, llm
+from corematching.engine import calls, llm, packed
 from corematching.engine.cache import Conversation, check_cache, conversation_of
 from corematching.engine.captured import Capture, CapturedPrefill, cuda_graph
 from corematching.engine.checks import check_model, unwrapped
@@ -26,6 +26,7 @@ from corematching.engine.predictors import TokenwiseFFN, load_predictors
 from corematching.engine.rows import install_readers
 from corematching.engine.sharing import Sharing, tower_of
 from corematching.engine.state import PromptState
+from corematching.engine.tower_attention import TowerAttention
 from corematching.engine.trace import Trace
 from corematching.engine.views import FFNSignals, Prompt
 from corematching.engine.vision import TowerRun, image_decision, per_sample, stages_of
@@ -93,6 +94,10 @@ class Session:
         check_model(model, self.decoder, stages)
         self.acts = bool(stages)
         self.blocks, self.output = stages_of(stages)
+        self.tower_attention: TowerAttention | None = None
+        """Where the method chooses among packed tokens: what it may ask of the stock tower."""
+        if self.output is not None and self.geometry.image_tokens is None:
+            self.tower_attention = TowerAttention(self, self.output.layers)
         self.before = _by_layer(stages, BeforeLayer)
         self.after = _by_layer(stages, AfterPrefill)
         self.choose = _by_layer(stages, ChooseNeurons)
@@ -166,6 +171,8 @@ class Session:
             self.hook(base.register_forward_hook(self._put_image_hidden))
         elif self.geometry.image_tokens is None:
             self._replace(base, "get_image_features", self._noting_images(base.get_image_features))
+        if self.tower_attention is not None:
+            self.tower_attention.install()
         wanted = {stage.layer - 1 for stages in self.before.values() for stage in stages if stage.activations}
         wanted |= {stage.layer for stages in self.after.values() for stage in stages if stage.activations}
         wanted |= set(self.choose)
@@ -237,8 +244,8 @@ class Session:
 
     @property
     def acts_on_tower(self) -> bool:
-        """Whether the method decides inside the vision tower or at its output."""
-        return self.blocks is not None or self.output is not None
+        """Whether the vision tower is run here, for a method that decides inside it or at its output."""
+        return self.tower_attention is None and (self.blocks is not None or self.output is not None)
 
     # ------------------------------------------------------------------------------------------------------- hooks
     def _note_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -399,6 +406,8 @@ class Session:
         self, state: PromptState, prompt: Prompt, stream: Stream, layout: Layout, cached: bool
     ) -> tuple[Stream, Layout]:
         """Put the reduced (or, if nothing was reduced, all) vision features into the sequence."""
+        if self.tower_attention is not None and any(layout.visual_counts):
+            return packed.choose(self, state, stream, layout)
         if not self.acts_on_tower or not any(layout.visual_counts):
             return stream, layout
         # Taken once: a later prompt must bring its own images, and the tower's states need not outlive prefill. Within

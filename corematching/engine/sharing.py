@@ -158,8 +158,12 @@ def most_asked(stages: Sequence[Stage]) -> tuple[bool, int]:
 
 
 def can_share(model: Any) -> bool:
-    """Whether the method installed on ``model`` leaves prompts to it alone (a guide reads them itself)."""
-    return model._corematching.guide is None
+    """Whether the method installed on ``model`` leaves prompts to it alone.
+
+    A guide reads them itself; a stock tower must run where its attention is asked for.
+    """
+    session = model._corematching
+    return session.guide is None and session.tower_attention is None
 
 
 @contextmanager

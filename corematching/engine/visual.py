@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ class PromptImages:
 
     rows: list[list[ImageTokens]]
     device: torch.device
+    numbers: list[list[int]] = field(default_factory=list)
+    """Per row: which of the images that came with the batch these are; empty where all images are alike."""
 
     @property
     def patches(self) -> list[list[tuple[int, int, int]]]:
@@ -79,7 +81,7 @@ def images_of(session: Session, input_ids: Tensor, counts: list[int]) -> PromptI
     if session.sharing is not None and sum(image.count for image in images) < sum(counts):
         images = [images[number] for number in session.sharing.shown]
     rows = images_by_row([image.count for image in images], counts)
-    return PromptImages([[images[number] for number in own] for own in rows], device)
+    return PromptImages([[images[number] for number in own] for own in rows], device, rows)
 
 
 def images_by_row(sizes: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

@@ -186,6 +186,11 @@ class VisionOutput:
     """The choice reads the prompt's text: prompts about one image need choices of their own."""
     text_model: str | None = None
     """CLIP model whose text side the view is asked for, so that it can be looked for before a run."""
+    layers: tuple[int, ...] = ()
+    """Tower layers whose attention to the patches is asked for."""
+    inside: bool = True
+    """Reads or replaces the tower's own features, which only families whose tokens are single patches can offer. False:
+    it reads attention and projected tokens only, and what it brings has been projected."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class DivPrune(Method):
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         check_count("keep", self.keep, geometry.image_tokens)
-        return [VisionOutput(self.select, renumber=True)]
+        return [VisionOutput(self.select, renumber=True, inside=False)]
 
     def select(self, view: VisionView) -> Keep | None:
         images, patches = view.features.shape[:2]

@@ -43,7 +43,7 @@ class FasterVLM(Method):
         def select(view: VisionView) -> Keep:
             return keep_top_patches(self.scores(view, layer), self.keep)
 
-        return [VisionOutput(select, renumber=True)]
+        return [VisionOutput(select, renumber=True, layers=(layer,), inside=False)]
 
     @staticmethod
     def scores(view: VisionView, layer: int) -> Tensor:

@@ -186,7 +186,8 @@ def _joined(view: LayerView, parts: list[tuple[_OneImage, Any]]) -> Keep | Repla
     def mix(rows: Tensor) -> Tensor:
         return _rows(torch.cat([_mixed(part, decision, rows) for part, decision in parts], 1), order)
 
-    return Replace(_rows(hidden, order), origin.gather(1, order), slot.gather(1, order), counts, mix)
+    known = all(not isinstance(decision, Replace) or decision.mix is not None for _, decision in parts)
+    return Replace(_rows(hidden, order), origin.gather(1, order), slot.gather(1, order), counts, mix if known else None)
 
 
 def _mixed(part: _OneImage, decision: Keep | Replace | None, rows: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def _mixed(part: _OneImage, decision: Keep | Replace | None, rows: Tensor) -> Te
     own = _rows(rows, part.index)
     if not isinstance(decision, Replace):
         return own
-    assert decision.mix is not None  # methods without one are refused where it is asked for
+    assert decision.mix is not None
     return decision.mix(own)
 
 

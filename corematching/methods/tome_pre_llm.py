@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput
-from corematching.methods.bipartite import bipartite_match, matching_flops
+from corematching.methods.bipartite import Matching, bipartite_match, matching_flops
 from corematching.methods.parameters import Budget, check_budget, check_count, count_of
 from corematching.methods.views import VisionView
 
@@ -37,7 +40,7 @@ class ToMePreLLM(Method):
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         check_count("keep", self.keep, geometry.image_tokens)
-        return [VisionOutput(self.select, projected=True)]
+        return [VisionOutput(self.select, projected=True, inside=False)]
 
     def select(self, view: VisionView) -> Replace | None:
         patches = view.features.shape[1]
@@ -45,6 +48,7 @@ class ToMePreLLM(Method):
         if keep == patches:
             return None
         hidden = view.projected
+        rounds: list[tuple[Matching, Tensor]] = []
         sizes = torch.ones_like(hidden[..., :1], dtype=torch.float32)
         origin = torch.arange(patches, device=hidden.device).expand(hidden.shape[:2])
         while hidden.shape[1] > keep:
@@ -54,6 +58,18 @@ class ToMePreLLM(Method):
             merged = matching.merge(hidden, sizes, origin)
             # Back to raster order, so that the next round pairs neighbours as the first one did.
             order = merged.origin.argsort(dim=1)
+            rounds.append((matching, order))
             hidden = merged.hidden.gather(1, order[..., None].expand_as(merged.hidden))
             sizes, origin = merged.sizes.gather(1, order[..., None]), merged.origin.gather(1, order)
-        return Replace(hidden, origin)
+        return Replace(hidden, origin, mix=partial(_merged, rounds))
+
+
+def _merged(rounds: Sequence[tuple[Matching, Tensor]], rows: Tensor) -> Tensor:
+    """Per-token rows [N, P, c] merged as the tokens were, round by round."""
+    sizes = torch.ones_like(rows[..., :1], dtype=torch.float32)
+    origin = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
+    for matching, order in rounds:
+        merged = matching.merge(rows, sizes, origin)
+        rows = merged.hidden.gather(1, order[..., None].expand_as(merged.hidden))
+        sizes, origin = merged.sizes.gather(1, order[..., None]), merged.origin.gather(1, order)
+    return rows

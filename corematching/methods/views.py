@@ -221,7 +221,11 @@ class VisionView(Protocol):
         ...
 
     def cls_attention(self, layer: int) -> Tensor:
-        """Attention probabilities [N, H, P] of [CLS] to the patches in tower layer ``layer`` (may be negative)."""
+        """Attention probabilities [N, H, P] of [CLS] to the patches in tower layer ``layer`` (may be negative).
+
+        In towers without [CLS]: what each patch receives, on average over the patches. Where tokens are no single
+        patches, theirs are averaged, and a newline token gets the mean of the row (or tile) it ends.
+        """
         ...
 
     def keys(self, layer: int) -> Tensor:

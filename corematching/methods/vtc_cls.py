@@ -50,4 +50,4 @@ class VTCCLS(Method):
             scores = torch.stack([view.cls_attention(layer).mean(1) for layer in layers]).sum(0)
             return keep_top_patches(scores, self.keep)
 
-        return [VisionOutput(select, renumber=True)]
+        return [VisionOutput(select, renumber=True, layers=tuple(layers), inside=False)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from corematching.errors import UserError
-from corematching.methods.base import Guide, Method, Stage, VisionBlocks, VisionDrop, VisionOutput
-from corematching.models.families import family_of
+from corematching.methods.base import BeforeLayer, Guide, Method, Stage, VisionBlocks, VisionDrop, VisionOutput
+from corematching.models.families import Family, family_of
 
 
 def refusal(config: Any, method: Method) -> str | None:
@@ -23,17 +23,43 @@ def refusal(config: Any, method: Method) -> str | None:
         If the method's parameters do not fit the model.
     """
     family = family_of(config)
-    if family.model_type == "llava":
+    if _slides(config.text_config):
+        return "its decoder attends within a sliding window, where tokens that left would be counted as there"
+    reasons = (_reason(family, config, stage) for stage in method.stages(family.geometry(config)))
+    return next((reason for reason in reasons if reason), None)
+
+
+def _slides(text: Any) -> bool:
+    return getattr(text, "sliding_window", None) is not None or "sliding_attention" in (
+        getattr(text, "layer_types", None) or ()
+    )
+
+
+def _reason(family: Family, config: Any, stage: Stage) -> str | None:
+    """Why one stage cannot be carried out on a family; None if it can."""
+    if isinstance(stage, BeforeLayer):
+        if stage.grids and family.newlines:
+            return "it needs visual tokens that are plain grids, and newline tokens stand between these"
         return None
-    kinds = {type(stage) for stage in method.stages(family.geometry(config))}
-    if VisionBlocks in kinds:
-        return "it merges patches inside the vision tower, and tokens are no single patches there"
-    if VisionDrop in kinds:
-        return "its patches leave between blocks of a CLIP tower, and this family runs its tower by itself"
-    if VisionOutput in kinds:
-        return "it chooses at the vision tower's output, which this family packs before the decoder"
-    if Guide in kinds:
-        return "its guide must see the same visual tokens, and no small model of this family does"
+    if family.image_tokens(config) is not None:  # every image one grid, every token a patch
+        return None
+    if isinstance(stage, VisionBlocks | VisionDrop):
+        return "patches leave or merge inside the vision tower, whose grid must be whole to make tokens of it"
+    if isinstance(stage, Guide):
+        return "its guide must see the same visual tokens, and images have numbers of their own here"
+    if isinstance(stage, VisionOutput):
+        return _output_reason(family, config, stage)
+    return None
+
+
+def _output_reason(family: Family, config: Any, stage: VisionOutput) -> str | None:
+    if stage.text_model is not None:
+        return "it compares CLIP's embedding of every token with text, and tokens made of several patches have none"
+    if stage.inside:
+        return "it reads or replaces features between tower and projector, before visual tokens are made of them"
+    for layer in stage.layers:
+        if not family.sees_whole_images(config, layer):
+            return f"it compares attention across the image, and layer {layer} of this tower sees windows only"
     return None
 
 

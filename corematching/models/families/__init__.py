@@ -42,8 +42,8 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Llava("llava"),
-        LlavaNext("llava_next", ("pixel_values", "image_sizes")),
-        LlavaOnevision("llava_onevision", ("pixel_values", "image_sizes", "batch_num_images")),
+        LlavaNext("llava_next", ("pixel_values", "image_sizes"), newlines=True),
+        LlavaOnevision("llava_onevision", ("pixel_values", "image_sizes", "batch_num_images"), newlines=True),
         QwenVL("qwen2_5_vl", _QWEN_INPUTS, position_rows=3),
         QwenVL("qwen3_vl", _QWEN_INPUTS, position_rows=3),
         InternVL("internvl"),

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from corematching.models.families.base import Family
@@ -44,6 +46,22 @@ class LlavaNext(Family):
         tiles = (Tile(side, side, THUMBNAIL), Tile(rows, columns, newline="row"))
         return ImageTokens(tiles, (1 + across[0] * across[1], side, side))
 
+    def of_tokens(self, model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        config = model.config
+        images = self.images(config, inputs)
+        crops = [image.patches[0] for image in images]
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        maps = scores.unflatten(1, (sum(crops), side**2)).permute(1, 2, 0).split(crops)
+        newline = scores.new_full((len(scores),), math.nan)
+        packed, _ = self.base(model).pack_image_features(  # type: ignore[operator]
+            maps, inputs["image_sizes"], image_newline=newline, **self.packing(config)
+        )
+        return torch.cat(packed).T
+
+    def packing(self, config: Any) -> dict[str, Any]:
+        """What packing depends on besides the images' sizes."""
+        return {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+
     def shown(self, config: Any, rows: int, columns: int) -> tuple[int, int]:
         """Grid of the tokens that a map of so many patches becomes."""
         return rows, columns
@@ -57,6 +75,9 @@ class LlavaOnevision(LlavaNext):
         if together is None:
             return super().whole(inputs)
         return [int(number) > 1 for number in together for _ in range(int(number))]
+
+    def packing(self, config: Any) -> dict[str, Any]:
+        return {"vision_aspect_ratio": config.vision_aspect_ratio}
 
     def shown(self, config: Any, rows: int, columns: int) -> tuple[int, int]:
         most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))

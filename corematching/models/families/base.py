@@ -25,11 +25,14 @@ class Family:
         What its processor says of images besides ``input_ids`` and ``attention_mask``.
     position_rows
         Rows of position ids that the rotary embedding reads: 1, or 3 (time, height, width) under mrope.
+    newlines
+        Whether some visual tokens are newlines, which end a row or a tile.
     """
 
     model_type: str
     visual_inputs: tuple[str, ...] = ("pixel_values",)
     position_rows: int = 1
+    newlines: bool = False
 
     # ------------------------------------------------------------------------------------------------- where parts are
     def base(self, model: Any) -> nn.Module:
@@ -51,6 +54,11 @@ class Family:
 
     def head(self, model: Any) -> nn.Module:
         return model.lm_head
+
+    def tower_attention(self, model: Any, layer: int) -> nn.Module:
+        """The attention of a layer of the vision tower."""
+        tower: Any = self.tower(model)
+        return tower.encoder.layers[layer].self_attn
 
     # ------------------------------------------------------------------------------------------------- what sizes are
     def image_token_id(self, config: Any) -> int:
@@ -104,6 +112,10 @@ class Family:
         """Visual tokens of one image; None where that depends on the image."""
         return None
 
+    def sees_whole_images(self, config: Any, layer: int) -> bool:
+        """Whether patches of a crop or frame all attend to each other in a layer of the vision tower."""
+        return True
+
     # --------------------------------------------------------------------------------------- what a prompt's images are
     def image(self, config: Any) -> ImageTokens:
         """Any image, where all have the same visual tokens."""
@@ -116,6 +128,18 @@ class Family:
         ----------
         inputs
             What the family's processor returns: ``input_ids`` [B, n] and what ``visual_inputs`` names.
+        """
+        raise NotImplementedError
+
+    def of_tokens(self, model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Scores of the patches, [H, patches] in the tower's order, as scores of the visual tokens, [H, tokens].
+
+        Made as the tokens are made of the patches; newlines, which no patch stands behind, come out as NaN.
+
+        Parameters
+        ----------
+        inputs
+            As in :meth:`images`.
         """
         raise NotImplementedError
 

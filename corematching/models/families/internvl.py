@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
+
 from corematching.models.families.base import Family, runs
 from corematching.models.families.tokens import PATCH, THUMBNAIL, ImageTokens, Tile
 
 
 class InternVL(Family):
     """InternVL2.5 and InternVL3 in transformers' form (InternViT with [CLS], Qwen2 or InternLM2)."""
+
+    def tower_attention(self, model: Any, layer: int) -> nn.Module:
+        return model.model.vision_tower.encoder.layer[layer].attention
+
+    def of_tokens(self, model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        vision, ratio = model.config.vision_config, int(1 / model.config.downsample_ratio)
+        side = _side(vision.image_size) // _side(vision.patch_size) // ratio
+        return scores.unflatten(1, (-1, side, ratio, side, ratio)).mean((3, 5)).flatten(1)
 
     def images(self, config: Any, inputs: Mapping[str, Any]) -> list[ImageTokens]:
         """One image per run of placeholders: text stands around every image. How crops lie in it is not told."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
 
 from corematching.models.families.base import Family
 from corematching.models.families.tokens import ImageTokens, Tile
@@ -20,6 +21,9 @@ class QwenVL(Family):
     def projector(self, model: Any) -> nn.Module:
         return model.model.visual.merger
 
+    def tower_attention(self, model: Any, layer: int) -> nn.Module:
+        return model.model.visual.blocks[layer].attn
+
     def vision_depth(self, config: Any) -> int:
         return config.vision_config.depth
 
@@ -32,6 +36,21 @@ class QwenVL(Family):
         side = vision.window_size // vision.patch_size
         windows = [height * width for height in _cuts(rows, side) for width in _cuts(columns, side)] * frames
         return [whole if layer in full else windows for layer in range(vision.depth)]
+
+    def sees_whole_images(self, config: Any, layer: int) -> bool:
+        full = getattr(config.vision_config, "fullatt_block_indexes", None)
+        return full is None or layer in full
+
+    def of_tokens(self, model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        vision = model.config.vision_config
+        tokens = scores.unflatten(1, (-1, vision.spatial_merge_size**2)).mean(2)
+        if not hasattr(vision, "window_size"):
+            return tokens
+        # Inside this tower, tokens stand window by window.
+        order, _ = get_vision_window_index(
+            inputs["image_grid_thw"], vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        return tokens[:, order.argsort().to(tokens.device)]
 
     def added_levels(self, config: Any) -> int:
         return len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
