@@ -43,7 +43,8 @@ def write_overlays(folder: Path) -> Path:
         0, {"method": "dense", "keep": "all", "prediction": "red", "stages": [{"layer": 0, "kept": list(range(16))}]}
     )
     example = {"image": "0.png", "benchmark": "gqa", "question": HOSTILE, "target": "red", "answers": answers}
-    record = {"schema": 1, "grid": [4, 4], "examples": [example, {**example, "question": "second"}]}
+    example["tile"] = {"first": 0, "rows": 4, "columns": 4, "stride": 4}
+    record = {"schema": 2, "examples": [example, {**example, "question": "second"}]}
     (folder / "overlays.json").write_text(json.dumps(record))
     return folder
 

@@ -285,7 +285,7 @@ def test_overlays_are_recorded_and_read_back(random_llava, tmp_path):
     variants = [overlays.Variant("fastv", "64", None)]
     overlays.record(FixedGenerator(random_llava), variants, examples, tmp_path / "overlays")
     found = load(tmp_path / "overlays")
-    assert found["grid"] == [8, 8]
+    assert found["examples"][0]["tile"] == {"first": 0, "rows": 8, "columns": 8, "stride": 8}
     assert [one["image"] for one in found["examples"]] == ["0.png", "0.png"]
     # Only changes are stored, and tokens without a place on the image are left out.
     stages = found["examples"][0]["answers"][0]["stages"]
@@ -294,11 +294,11 @@ def test_overlays_are_recorded_and_read_back(random_llava, tmp_path):
 
 @pytest.mark.parametrize("damage", ["absent", "not json", "other schema", "image missing"])
 def test_unreadable_overlays_are_none(damage, tmp_path):
-    record = {"schema": 1, "grid": [1, 1], "examples": []}
+    record = {"schema": 2, "examples": []}
     if damage == "not json":
         (tmp_path / "overlays.json").write_text("{")
     elif damage == "other schema":
-        (tmp_path / "overlays.json").write_text(json.dumps({**record, "schema": 2}))
+        (tmp_path / "overlays.json").write_text(json.dumps({**record, "schema": 1}))
     elif damage == "image missing":
         (tmp_path / "overlays.json").write_text(json.dumps({**record, "examples": [{"image": "0.png"}]}))
     assert load(tmp_path) is None

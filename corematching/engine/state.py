@@ -179,7 +179,7 @@ class PromptState:
             prompt_tokens=self.prompt.lengths[row],
             image_tokens=self.prompt.visual_counts[row],
             images=len(self.images.rows[row]),
-            patches=self.images.patches[row],
+            shown=self.images.rows[row],
             visual_tokens=[entering[id(layout)] for layout in self.layouts],
             llm_tokens=[layout.lengths[row] for layout in self.layouts],
             kv_lengths=[lengths[row] for lengths in self.kv_lengths],

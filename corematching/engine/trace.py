@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from corematching.models.families import ImageTokens
+
 
 @dataclass
 class SampleTrace:
@@ -56,8 +58,8 @@ class SampleTrace:
     """Tokens that went through the decoder after prefill, discarded ones included."""
     decode_reach: int | None = None
     """Sum over these of the KV rows behind the prefill's that each attended to; None = one token at a time."""
-    patches: list[tuple[int, int, int]] = field(default_factory=list)
-    """Per image: (crops or frames, rows, columns) of the patches that the vision tower saw."""
+    shown: list[ImageTokens] = field(default_factory=list)
+    """The images: their tiles of visual tokens, and the patches that the vision tower saw."""
     discarded_tokens: int = 0
     """How many of these are no part of the answer: rejected by speculative decoding, or run again without a cache."""
     prefills: int = 1

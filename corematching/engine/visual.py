@@ -29,11 +29,6 @@ class PromptImages:
     numbers: list[list[int]] = field(default_factory=list)
     """Per row: which of the images that came with the batch these are; empty where all images are alike."""
 
-    @property
-    def patches(self) -> list[list[tuple[int, int, int]]]:
-        """Per row and image: the patches that the vision tower sees, (crops or frames, rows, columns)."""
-        return [[image.patches for image in own] for own in self.rows]
-
     @cached_property
     def facts(self) -> Tensor:
         """Long [facts, B, V]: :data:`FACTS` by original visual-token index; 0 where a row has fewer tokens."""

@@ -21,7 +21,6 @@ from corematching.benchmarks.spec import ROW, load_benchmark
 from corematching.benchmarks.tasks import build_tasks
 from corematching.errors import UserError
 from corematching.inspection.evidence import Example, question_of
-from corematching.models.families import family_of
 from corematching.results.accuracy import contexts, methods_of
 from corematching.results.figures.about import is_bundled
 from corematching.results.overlays import FILE, SCHEMA
@@ -72,7 +71,6 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
     Path
         ``overlays.json``.
     """
-    grid = list(family_of(generator.model.config).grid(generator.model.config))  # refused where images have their own
     # First what names the images: a recording that is cut off then leaves nothing that could be shown wrongly.
     for leftover in (folder / FILE, *folder.glob("*.png")):
         leftover.unlink(missing_ok=True)
@@ -87,11 +85,28 @@ def record(generator: Any, variants: Sequence[Variant], examples: Sequence[Examp
         entries.append({**about, "answers": []})
     for variant in variants:
         for entry, answer in zip(entries, generator.answer(asked, variant.method), strict=True):
+            entry["tile"] = _tile(answer.trace)
             stages = _stages(answer.trace.visual_tokens)
             shown = {"method": variant.label, "keep": variant.keep, "prediction": answer.text, "stages": stages}
             entry["answers"].append(shown)
-    text = json.dumps({"schema": SCHEMA, "grid": grid, "examples": entries}, separators=(",", ":"))
+    text = json.dumps({"schema": SCHEMA, "examples": entries}, separators=(",", ":"))
     return files.write(folder / FILE, text + "\n")
+
+
+def _tile(trace: Any) -> dict[str, int] | None:
+    """The grid of the first image's tokens to draw: the finest that shows all of it.
+
+    Token (row, column) of the grid is visual token ``first + row * stride + column``.
+    """
+    first, found = 0, None
+    for tile in trace.shown[0].tiles if trace.shown else ():
+        if tile.box == (0.0, 0.0, 1.0, 1.0) and (
+            found is None or tile.rows * tile.columns > found["rows"] * found["columns"]
+        ):
+            stride = tile.columns + (tile.newline == "row")
+            found = {"first": first, "rows": tile.rows, "columns": tile.columns, "stride": stride}
+        first += tile.tokens
+    return found
 
 
 def record_experiment(cells: pd.DataFrame, folder: Path, images: int) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Geometry, Guide, Keep, Method, Replace, Stage
+from corematching.methods.composed import Composed
 from corematching.methods.parameters import spread
 from corematching.methods.views import LayerView
 
@@ -108,6 +109,20 @@ class PerImage(Method):
                 with view.charging([count > 0 for count in part.visual_counts]):
                     parts.append((part, of(alike, image, "select")(part)))
         return _joined(view, parts)
+
+
+def of_each_image(method: Method, geometry: Geometry) -> Method:
+    """The method; where it chooses inside the LLM and its budget is a fraction, it is asked image by image.
+
+    So a fraction is a share of each image's own tokens. Counts are the prompt's, unless ``per_image`` spreads them;
+    methods without a budget adapt to the prompt.
+    """
+    if isinstance(method, Composed):
+        return Composed(of_each_image(method.first, geometry), of_each_image(method.second, geometry))
+    budget = next((own for name in BUDGETS[::-1] if (own := getattr(method, name, None)) is not None), None)
+    parts = budget if isinstance(budget, tuple | list) else [budget]
+    inside = any(isinstance(stage, BeforeLayer | Guide) for stage in method.stages(geometry))
+    return PerImage(method) if inside and all(isinstance(part, float) for part in parts) else method
 
 
 def _shared(name: str, budget: Any, sizes: Sizes, image: int) -> Any:

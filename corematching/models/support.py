@@ -6,6 +6,7 @@ from typing import Any
 
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Guide, Method, Stage, VisionBlocks, VisionDrop, VisionOutput
+from corematching.methods.per_image import of_each_image
 from corematching.models.families import Family, family_of
 
 
@@ -73,4 +74,5 @@ def stages_on(config: Any, method: Method) -> list[Stage]:
     """
     if reason := refusal(config, method):
         raise UserError(f"method {method.name!r} does not run on {config.model_type} models: {reason}")
-    return list(method.stages(family_of(config).geometry(config)))
+    geometry = family_of(config).geometry(config)
+    return list(of_each_image(method, geometry).stages(geometry))

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = "overlays"
 """Folder within an experiment's."""
 FILE = "overlays.json"

@@ -100,16 +100,17 @@ function showOverlays(data) {
     select.replaceChildren(...texts.map((text) => new Option(text)));
     select.selectedIndex = 0;
   };
-  const draw = (image, kept) => {
+  const draw = (image, kept, tile) => {
     const context = canvas.getContext("2d");
-    const [rows, columns] = data.grid;
     const [width, height] = [canvas.width, canvas.height];
     context.drawImage(image, 0, 0, width, height);
     const stays = new Set(kept);
     context.fillStyle = "rgba(222, 222, 222, 0.82)";
+    if (!tile) return;
+    const { first, rows, columns, stride } = tile;
     for (let index = 0; index < rows * columns; index++) {
-      if (stays.has(index)) continue;
       const [row, column] = [Math.floor(index / columns), index % columns];
+      if (stays.has(first + row * stride + column)) continue;
       context.fillRect((column * width) / columns, (row * height) / rows, width / columns, height / rows);
     }
   };
@@ -132,7 +133,7 @@ function showOverlays(data) {
     const source = data.images[example.image];
     images[example.image] ??= Object.assign(new Image(), { src: source });
     const image = images[example.image];
-    if (image.complete) draw(image, stage.kept);
+    if (image.complete) draw(image, stage.kept, example.tile);
     else image.addEventListener("load", update, { once: true });
   };
   fill(at("example"), data.examples.map((one, place) => `${place + 1}. ${one.question.split("\n")[0]}`));
