@@ -72,7 +72,13 @@ def test_keeping_everything_is_dense(small, name):
 
 def test_what_reads_single_patches_is_refused_in_one_line(small):
     model, _, _ = small
-    for name, parameters in {"visionzip": {}, "prumerge": {}, "tome": {}, "as_vit": {"layers": [1, 2, 3]}}.items():
+    for name, parameters in {
+        "visionzip": {},
+        "prumerge": {},
+        "tome": {},
+        "as_vit": {"layers": [1], "thresholds": [0.1]},
+        "cdpruner": {},
+    }.items():
         with pytest.raises(cm.UserError, match=f"method '{name}' does not run on {model.config.model_type}") as caught:
             cm.build_method(name, **parameters)(model).__enter__()
         assert "\n" not in str(caught.value)

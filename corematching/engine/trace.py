@@ -120,6 +120,11 @@ class SampleTrace:
         )
 
     @property
+    def patches(self) -> list[tuple[int, int, int]]:
+        """Per image: (crops or frames, rows, columns) of the patches that the vision tower saw."""
+        return [image.patches for image in self.shown]
+
+    @property
     def generated_tokens(self) -> int:
         """Tokens of the answer: one from prefill, the others decoded; the guide's if its answer was taken."""
         if self.guide is not None and self.guide.answered:

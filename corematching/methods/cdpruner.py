@@ -52,12 +52,12 @@ class CDPruner(Method):
         check_count("keep", self.keep, geometry.image_tokens)
         if self.keep == 1.0 or self.keep == geometry.image_tokens:
             return []
-        if self.text_model is None:
+        if self.text_model is None and geometry.image_tokens is not None:  # others refuse it with any
             raise UserError(
                 "text_model=None is not valid for cdpruner: give the CLIP model (path or hub id) whose vision tower "
                 "this model has, such as openai/clip-vit-large-patch14-336; models without one cannot run it"
             )
-        return [VisionOutput(self.select, question=True, renumber=True, text_model=self.text_model)]
+        return [VisionOutput(self.select, question=True, renumber=True, text_model=self.text_model or "")]
 
     def select(self, view: VisionView) -> Keep:
         assert self.text_model is not None

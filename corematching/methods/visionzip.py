@@ -64,28 +64,28 @@ class VisionZip(Method):
         return total - contextual, contextual
 
     def stages(self, geometry: Geometry) -> list[Stage]:
-        patches = geometry.image_tokens
-        if patches is None:
-            raise UserError("visionzip splits its budget by an image's visual tokens, and images have their own here")
-        if self.keep is not None:
-            check_count("keep", self.keep, patches)
-        dominant, contextual = self.split(patches)
-        total = dominant + contextual
-        if total > patches + 1:
-            raise UserError(
-                f"dominant={dominant} and contextual={contextual} are {total} tokens, more than the "
-                f"{patches} patches of an image and [CLS]: give at most {patches + 1} in all"
-            )
-        if total >= patches:
-            return []
-        layer = geometry.vision_score_layer
+        patches, layer = geometry.image_tokens, geometry.vision_score_layer
+        if patches is not None:
+            if self.keep is not None:
+                check_count("keep", self.keep, patches)
+            dominant, contextual = self.split(patches)
+            total = dominant + contextual
+            if total > patches + 1:
+                raise UserError(
+                    f"dominant={dominant} and contextual={contextual} are {total} tokens, more than the "
+                    f"{patches} patches of an image and [CLS]: give at most {patches + 1} in all"
+                )
+            if total >= patches:
+                return []
 
         def select(view: VisionView) -> Replace:
+            patches = view.features.shape[1]
+            dominant, contextual = self.split(patches)
             scores = view.cls_attention(layer).sum(1)
             hidden = torch.cat([view.cls[:, None], view.features], 1)
             tokens, patch = zip_tokens(hidden, scores, view.keys(layer).mean(2), dominant, contextual)
             view.spend(2 * (patches + 1 - dominant) * contextual * view.keys(layer).shape[-1])
-            origin = patch.masked_fill(torch.arange(total, device=patch.device) >= dominant, -1)
+            origin = patch.masked_fill(torch.arange(patch.shape[1], device=patch.device) >= dominant, -1)
             return Replace(tokens, origin, slot=torch.zeros_like(origin))
 
         return [VisionOutput(select, renumber=True)]
