@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import pickle
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 import corematching as cm
 from corematching.engine import session
 from corematching.engine.ffn import FFNBuilder
+from corematching.engine.indices import PackedIndices
 from corematching.engine.predictors import TokenwiseFFN, load_predictors, save_predictors
 from corematching.engine.views import Ledger
 from corematching.methods.base import ChooseNeurons, Method
@@ -414,3 +416,25 @@ def test_activations_beyond_the_limit_do_not_wait(random_llava, monkeypatch):
         late = greedy(random_llava, prompt)
     assert torch.equal(early, late)
     assert all(map(torch.equal, trace.samples[0].neurons, late_trace.samples[0].neurons))
+
+
+def test_traces_hold_neurons_in_a_bit_each_and_give_indices(random_llava):
+    with torch.inference_mode(), cm.build_method("core_neurons", keep=0.4)(random_llava) as trace:
+        random_llava.generate(**make_prompt(3), max_new_tokens=3, do_sample=False, eos_token_id=None)
+        chosen = [random_llava._corematching.current.neurons[layer][0] for layer in range(6)]
+    neurons = pickle.loads(pickle.dumps(trace.samples[0].neurons))
+    for layer, own in enumerate(chosen):
+        assert neurons[layer].dtype == torch.long
+        assert torch.equal(neurons[layer], own.sort().values)
+    width = random_llava.config.text_config.intermediate_size
+    assert sum(map(len, neurons._bits)) <= 6 * (width + 7) // 8
+
+
+def test_packed_indices_read_like_a_list():
+    sets = [torch.tensor([9, 2, 2, 0]), None, torch.tensor([], dtype=torch.long)]
+    packed = PackedIndices(sets)
+    assert [None if own is None else own.tolist() for own in packed] == [[0, 2, 9], None, []]
+    assert packed[-2] is None
+    assert [len(own) for own in packed[::2]] == [3, 0]
+    assert PackedIndices([None, None]) == [None, None]
+    assert len(packed) == 3

@@ -8,6 +8,7 @@ prediction / measurement on the machine at hand says by how much.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,7 +134,7 @@ def at_depth(config: Any, sample: SampleTrace, depth: int) -> tuple[Any, SampleT
     config = copy.deepcopy(config)
     config.text_config.num_hidden_layers = depth
 
-    def longer(values: list) -> list:
+    def longer(values: Sequence) -> list:
         return [*values, *[values[-1]] * (depth - traced)]
 
     row = sample.dense_kv_bytes // (sample.prompt_tokens * traced)

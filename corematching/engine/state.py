@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from corematching.engine.ffn import MaskedFFN, SlicedFFN
+from corematching.engine.indices import PackedIndices
 from corematching.engine.layout import NO_PAST, Layout, Past, joined
 from corematching.engine.rows import RowChoices
 from corematching.engine.trace import GuideTrace, SampleTrace
@@ -185,7 +186,7 @@ class PromptState:
             kv_lengths=[lengths[row] for lengths in self.kv_lengths],
             kv_bytes=self._rows_stored(row) * self.kv_row_bytes,
             dense_kv_bytes=(self._earlier(row) + self.prompt.lengths[row]) * len(self.layouts) * self.kv_row_bytes,
-            neurons=[_row(neurons.get(layer), row) for layer in range(len(self.layouts))],
+            neurons=PackedIndices([_row(neurons.get(layer), row) for layer in range(len(self.layouts))]),
             ffn_mode=next((mode for mode in FFN_MODES if mode in modes), "dense"),
             masked_steps=max((ffn.masked_steps for ffn in self.ffn.values()), default=0),
             vision_tokens=[sum(tokens[row]) for tokens in self.vision_tokens],
@@ -219,7 +220,7 @@ class PromptState:
 
 def _row(chosen: Tensor | None, row: int) -> Tensor | None:
     """One sample's neurons; None if it has left the batch before any were chosen."""
-    return None if chosen is None or row >= len(chosen) else chosen[row].unique()
+    return None if chosen is None or row >= len(chosen) else chosen[row]
 
 
 def _unique(layouts: list[Layout]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ class SampleTrace:
     """Bytes of the KV cache after prefill."""
     dense_kv_bytes: int
     """Bytes the KV cache would have without reduction."""
-    neurons: list[Tensor | None]
+    neurons: Sequence[Tensor | None]
     """Per layer: FFN neurons computed in decode (None: all, or not chosen because nothing was decoded)."""
     ffn_mode: str
     """How decode computes FFNs: "dense", "sliced" (only chosen neurons are computed), "masked" (a batch whose samples
