@@ -7,8 +7,11 @@ import json
 import pytest
 
 from corematching import groups
+from corematching.cost.shapes import Shapes
 from corematching.evaluation import dtypes
+from corematching.evaluation.dry_run import _bytes, _memory
 from corematching.evaluation.experiment import model_identity
+from corematching.evaluation.forecast import Forecast
 
 
 @pytest.fixture
@@ -51,3 +54,16 @@ def test_both_products_and_reads_must_be_faster_and_are_measured_once(half, expe
     assert dtypes.bfloat16_is_faster(measure=False) is expected
     assert len(asked) == 2
     assert list(json.loads((processor / "dtypes.json").read_text()).values()) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "faster", "element"),
+    [("auto", True, 2), ("auto", False, 4), ("float32", True, 4), ("bfloat16", False, 2), ("float16", False, 2)],
+)
+def test_forecasts_are_of_the_type_that_models_are_loaded_in(dtype, faster, element, processor, monkeypatch):
+    monkeypatch.setattr(dtypes, "bfloat16_is_faster", lambda measure: faster and not measure)
+    model = {**groups.load("model", "llava_1_5_7b"), "dtype": dtype, "device": "cpu"}
+    shapes = Shapes(model["architecture"])
+    known = Forecast(model, shapes, rate=1e30, bandwidth=1.0, source="a test", past=())
+    assert known.answer_seconds([576.0] * 32, 3) == pytest.approx(2 * shapes.decoder_weights * element)
+    assert _memory(known).startswith(f"about {_bytes(shapes.weights * element)} of weights")

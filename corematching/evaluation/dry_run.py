@@ -142,10 +142,9 @@ def _memory(forecast: Forecast) -> str:
     """Weights and KV cache of a full batch of dense prompts."""
     if forecast.shapes is None:
         return "not known before the model is there"
-    element = 2 if machine.gpu_count() and forecast.model["dtype"] != "float32" else 4
-    weights = forecast.shapes.weights * element
+    weights = forecast.shapes.weights * forecast.element
     rows = (forecast.model.get("visual_tokens") or 576) + 200
-    cache = forecast.batch_size * rows * forecast.shapes.depth * forecast.shapes.kv_row * element
+    cache = forecast.batch_size * rows * forecast.shapes.depth * forecast.shapes.kv_row * forecast.element
     batch = f"at batch size {forecast.batch_size}"
     return f"about {_bytes(weights)} of weights, {_bytes(cache)} of KV cache {batch}, and activations"
 

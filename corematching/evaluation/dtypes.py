@@ -15,12 +15,29 @@ from typing import Any
 
 from corematching import files
 from corematching.cost.shapes import Shapes
+from corematching.evaluation import machine
 
 LARGE = 2e9
 """Weights of a decoder from which half the bytes decide; slices and small models stay in float32."""
 _FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 """As the system lists them, x86's and Arm's."""
 _TRIES = 5
+
+
+def dtype_of(model: Mapping[str, Any], measure: bool = True) -> str:
+    """The type that a model is loaded and computed in here: as asked, or what ``dtype: auto`` means.
+
+    Parameters
+    ----------
+    model
+        Its configuration.
+    measure
+        As in :func:`cpu_dtype`.
+    """
+    if model["dtype"] != "auto":
+        return model["dtype"]
+    on_gpu = machine.gpu_count() > 0 and model["device"] != "cpu"
+    return model.get("released_in", "float16") if on_gpu else cpu_dtype(model, measure)
 
 
 def cpu_dtype(model: Mapping[str, Any], measure: bool = True) -> str:

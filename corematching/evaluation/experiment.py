@@ -13,7 +13,7 @@ from corematching.benchmarks import Benchmark, DataSource, load_benchmark, load_
 from corematching.errors import UserError
 from corematching.evaluation import asks, machine, provenance
 from corematching.evaluation.cells import Cell, canonical_json
-from corematching.evaluation.dtypes import cpu_dtype
+from corematching.evaluation.dtypes import dtype_of
 from corematching.evaluation.matching import MATCHED, Shape, matched_parameters
 from corematching.evaluation.settings import read_settings
 from corematching.registry import build_method, method_defaults
@@ -242,15 +242,11 @@ def model_identity(model: Mapping[str, Any], fetch: bool = True) -> dict[str, An
     if model["device"].startswith("cuda") and int(model["device"].partition(":")[2] or 0) >= gpus:
         there = f"GPUs 0 to {gpus - 1}" if gpus else "no GPU"
         raise UserError(f"model.device={model['device']} is not valid: this machine has {there}; give auto or cpu")
-    on_gpu = gpus > 0 and model["device"] != "cpu"
-    dtype = model["dtype"]
-    if dtype == "auto":
-        dtype = model.get("released_in", "float16") if on_gpu else cpu_dtype(model, measure=fetch)
     identity = {
         "name": model["name"],
         "path": model["path"],
         "revision": provenance.model_revision(model) if fetch or provenance.at_hand(model) else NOT_FETCHED,
-        "dtype": dtype,
+        "dtype": dtype_of(model, measure=fetch),
         "weights": model["weights"],
     }
     return identity | ({"num_layers": model["num_layers"]} if model["num_layers"] else {})

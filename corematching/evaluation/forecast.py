@@ -18,8 +18,9 @@ from typing import Any
 
 from corematching import groups
 from corematching.cost.shapes import Shapes
-from corematching.evaluation import machine, provenance
+from corematching.evaluation import provenance
 from corematching.evaluation.cells import Cell
+from corematching.evaluation.dtypes import dtype_of
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.matching import dropping_layer
 from corematching.results.remote import folder_of_mirrors
@@ -80,6 +81,11 @@ class Forecast:
         past = tuple(_past(record) for record in records if record["kind"] == "accuracy")
         return cls(settings["model"], shapes, *_peaks(records), past, settings["batch_size"])
 
+    @property
+    def element(self) -> int:
+        """Bytes per weight in the type that the model will be loaded in; nothing is measured to find out."""
+        return 4 if dtype_of(self.model, measure=False) == "float32" else 2
+
     def tokens_by_layer(self, method: Mapping[str, Any], average: float | None = None) -> list[float]:
         """Visual tokens that enter each layer under a method's parameters; `average` if budgets are averages."""
         assert self.shapes is not None
@@ -102,10 +108,9 @@ class Forecast:
 
     def _roofline(self, prefill_flops: float, tokens: float, rows: list[float]) -> float:
         assert self.shapes is not None
-        element = 4 if self.model.get("dtype") == "float32" or not machine.gpu_count() else 2
         step = max(
             self.shapes.step_flops(rows) / self.rate,
-            self.shapes.decoder_weights * element / self.bandwidth / self.batch_size,
+            self.shapes.decoder_weights * self.element / self.bandwidth / self.batch_size,
         )
         return prefill_flops / self.rate + max(tokens - 1, 0) * step
 
@@ -137,8 +142,7 @@ class Forecast:
     def _of_past(self, one: Past) -> float:
         if one.model != self.model["name"] or self.shapes is None:
             return one.flops / self.rate
-        element = 4 if self.model.get("dtype") == "float32" or not machine.gpu_count() else 2
-        reading = self.shapes.decoder_weights * element / self.bandwidth / self.batch_size
+        reading = self.shapes.decoder_weights * self.element / self.bandwidth / self.batch_size
         return one.flops / self.rate + max(one.tokens - 1, 0) * reading
 
     def cell_seconds(self, cell: Cell, questions: int, average: bool = False) -> float:
