@@ -9,10 +9,12 @@ from corematching.errors import UserError
 from corematching.results.folders import compare_folders
 
 
-def write(folder, method, keep, scores, *, tokens=16, doc_offset=0, **options):
+def write(folder, method, keep, scores, *, tokens=16, doc_offset=0, answers=None, **options):
     config = {**cell_config(method, keep, "gqa", len(scores), **options), "generation": {"max_new_tokens": tokens}}
     table = samples_table(np.asarray(scores, dtype=float))
     table = table.set_column(0, "doc_id", [np.arange(len(scores)) + doc_offset])
+    words = [str(score) for score in scores] if answers is None else answers
+    table = table.set_column(table.column_names.index("prediction"), "prediction", [words])
     write_cell(folder, cell_record(config, value=100 * float(np.mean(scores)), n=len(scores)), table)
 
 
@@ -46,6 +48,13 @@ def test_other_questions_are_not_paired(tmp_path):
     (row,) = compare_folders(tmp_path / "a", tmp_path / "b").rows
     assert row.entries[5].text == "25.0"
     assert "other questions" in row.entries[6].reason
+
+
+def test_answers_that_read_differently_are_counted_right_or_wrong(tmp_path):
+    write(tmp_path / "a", "dense", None, [1, 0, 1, 0], answers=["yes", "cat", "no", "dog"])
+    write(tmp_path / "b", "dense", None, [1, 0, 1, 0], tokens=32, answers=["yes", "cow", "no", "dog"])
+    (row,) = texts(compare_folders(tmp_path / "a", tmp_path / "b"))
+    assert (row[5], row[11]) == ("0.0", "25.0")
 
 
 def test_two_models_are_compared_and_named(tmp_path):

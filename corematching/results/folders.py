@@ -34,6 +34,8 @@ class _Difference:
     only_first: float = math.nan
     only_second: float = math.nan
     p: float = math.nan
+    changed: float = math.nan
+    """Per cent of the answers whose text is another."""
     reason: str = ""
 
 
@@ -91,6 +93,7 @@ def compare_folders(first: Path | str, second: Path | str) -> Table:
     caption = (
         f"{names[1]} less {names[0]}, on the same questions: 95 % intervals of paired differences; exact McNemar test,"
         f" corrected over the {len(common)} rows by Holm. ✓: questions that only one of the two answers right."
+        " Changed: answers whose text is another, right or wrong."
     )
     return Table(
         "comparison", f"{names[0]} and {names[1]}", caption, _columns(names), tuple(rows), tuple(notes), banner
@@ -132,6 +135,7 @@ def _columns(names: list[str]) -> tuple[Column, ...]:
         Column("only_second", f"✓ {names[1]}"),
         Column("p", "p"),
         Column("p_holm", "p, corrected"),
+        Column("changed", "Changed answers, %"),
     )
 
 
@@ -151,6 +155,7 @@ def _row(one: dict[str, Any], other: dict[str, Any], difference: _Difference, co
             number(difference.only_second, 0, reason=reason),
             significant(difference.p, 2, reason=reason),
             significant(corrected, 2, reason=reason),
+            number(difference.changed, reason=reason),
         ),
         one["benchmark"],
     )
@@ -170,8 +175,18 @@ def _difference(results: Results, one: dict[str, Any], other: dict[str, Any]) ->
     pairs, second = Pairs(estimator, np.eye(2)), np.array([1])
     _, low, high = pairs.difference(0, second)
     only_second, only_first = pairs.discordant(0, second)
-    p = statistics.sign_flip(pairs.changes(0, second))
-    return _Difference(value, float(low[0]), float(high[0]), float(only_first[0]), float(only_second[0]), float(p[0]))
+    p = float(statistics.sign_flip(pairs.changes(0, second))[0])
+    bounds, only = (float(low[0]), float(high[0])), (float(only_first[0]), float(only_second[0]))
+    return _Difference(value, *bounds, *only, p, _changed(results, one, other))
+
+
+def _changed(results: Results, one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Per cent of the questions whose answers read differently; NaN where they cannot be read."""
+    tables = [results.samples(cell["folder"], ["doc_id", "prediction"]) for cell in (one, other)]
+    if any(table is None for table in tables):
+        return math.nan
+    first, second = (dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True)) for table in tables)
+    return 100 * sum(answer != second[question] for question, answer in first.items()) / max(len(first), 1)
 
 
 def _settings(one: dict, other: dict, common: list) -> list[str]:
