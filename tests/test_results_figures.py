@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from corematching.inspection.evidence import (
     mini_examples,
     rank_correlation,
 )
+from corematching.models.families import ImageTokens, Tile
 from corematching.results import dashboard, efficiency_figures, figures
 from corematching.results.accuracy import contexts
 from corematching.results.aggregate import aggregate
@@ -267,7 +269,9 @@ class Traced:
 
     def __init__(self, layers):
         self.text = "red"
-        self.trace = type("Trace", (), {"visual_tokens": [torch.tensor(layer) for layer in layers]})
+        self.trace = SimpleNamespace(
+            visual_tokens=[torch.tensor(layer) for layer in layers], shown=[ImageTokens((Tile(8, 8),), (1, 8, 8))]
+        )
 
 
 class FixedGenerator:

@@ -52,7 +52,7 @@ class Pooling(Control):
         slot = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True)
         pool = partial(_pooled, plans)
         hidden = pool(view.gather(view.hidden))
-        return Replace(hidden, view.origin.gather(1, slot), slot, counts, pool)
+        return Replace(hidden, slot, counts=counts, mix=pool)
 
     def plan(self, images: Sequence[ImageView]) -> Plan:
         """Every tile of a sample, and the grid it is pooled to."""
