@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,8 @@ SWEEP = ["methods=[dense,random,fastv,corematching]", "keep=[64,16]", "benchmark
 USUAL = ["data=mini", "data.n=16", "model=tiny", "tracking=none", "report=false", "name=run", "together=2"]
 WORDS = [*SWEEP, *USUAL]
 LEFT = ("claims", "staging")
+AT_WORK = 0.8
+"""Share of the kills that wait for a claimed cell: the others come at any time, mostly while programs start."""
 STAND_IN = Path(__file__).with_name("chaos_stand_in.py")
 HOOK = f"""
 import importlib.util, sys
@@ -53,11 +56,13 @@ class Chaos:
     killed: dict[str, int] = field(default_factory=lambda: {"run": 0, "worker": 0})
     published: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    started: float = 0.0
 
     def start(self, name: str, executor: str) -> subprocess.Popen:
         """Start the program."""
         hook = self.folder / "hook"
         hook.mkdir(exist_ok=True)
+        self.started = time.time()
         (hook / "sitecustomize.py").write_text("" if self.real else HOOK)
         environment = {
             **os.environ,
@@ -76,7 +81,7 @@ class Chaos:
         """Kill so often, then let the run finish."""
         run = self.start("disturbed", self.executor)
         while sum(self.killed.values()) < kills:
-            time.sleep(self.draw.uniform(0.2, 4.0) * (3 if self.real else 1))
+            self.wait(run)
             self.look()
             if run.poll() is not None:
                 run = self.again(run)
@@ -99,10 +104,26 @@ class Chaos:
             run = self.again(run)
         self.look()
 
+    def wait(self, run: subprocess.Popen) -> None:
+        """Wait for a random moment: mostly of the time in which cells are computed, else of the whole."""
+        if self.draw.random() < AT_WORK:
+            while run.poll() is None and not self.at_work():
+                time.sleep(0.05)
+        time.sleep(self.draw.uniform(0.0, 4.0) * (3 if self.real else 1))
+
+    def at_work(self) -> bool:
+        """Whether somebody of the latest start holds a cell."""
+        for lease in self.folder.glob("disturbed/run/claims/*"):
+            with suppress(OSError):
+                if lease.stat().st_mtime > self.started:
+                    return True
+        return False
+
     def again(self, run: subprocess.Popen) -> subprocess.Popen:
         """What a person does with a run that ended: start it again; from scratch once all cells are there."""
         cells = self.folder / "disturbed/run/cells"
-        if run.returncode not in (0, 1):
+        # 2 is a run that was refused: Ray does not start where the machine is too busy.
+        if run.returncode not in ((0, 1, 2) if self.executor == "ray" else (0, 1)):
             self.wrong.append(f"the run ended with status {run.returncode}")
         if run.returncode == 0 and cells.is_dir():
             cells.rename(self.folder / f"round-{time.monotonic_ns()}")

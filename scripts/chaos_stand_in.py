@@ -16,7 +16,7 @@ class Evaluator:
     """Answers without a model; see `corematching.evaluation.evaluator.Evaluator`."""
 
     company: tuple = ()
-    shards: Any = None
+    offer: Any = None
 
     def __init__(self, experiment: Any):
         self.experiment = experiment
@@ -27,7 +27,11 @@ class Evaluator:
     def prepare(self) -> None:
         """Nothing is loaded."""
 
-    def help(self, company: Sequence[Any], shards: Any) -> int:
+    def answered(self, cell: Any) -> bool:
+        """No cells are answered together."""
+        return False
+
+    def help(self, company: Sequence[Any], offer: Any) -> int:
         """Nothing is shared."""
         return 0
 

@@ -12,7 +12,8 @@ from corematching.answering.generator import Answer
 from corematching.answering.prompts import Question
 from corematching.engine.trace import SampleTrace
 from corematching.evaluation import shards
-from corematching.evaluation.shards import Board, Shards, split
+from corematching.evaluation.board import Board
+from corematching.evaluation.shards import Shards, split
 
 METHODS = ["dense", "fastv"]
 
@@ -66,7 +67,7 @@ def test_helpers_answer_what_the_leader_puts_together_in_order(tmp_path, poll):
     with board.offering(["a", "b"], 4) as leading, ThreadPoolExecutor(3) as pool:
         (offer,) = Board(tmp_path).offers()
         helping = [pool.submit(Shards(offer).help, model, asked, METHODS) for model in models[1:]]
-        found = leading.lead(models[0])(asked, METHODS, lambda count: None)
+        found = Shards(leading).lead(models[0])(asked, METHODS, lambda count: None)
         helped = sum(help.result() for help in helping)
     assert offer.cells == ("a", "b")
     assert [[answer.text for answer in own] for own in found] == [
@@ -85,7 +86,7 @@ def test_the_leader_uses_what_helpers_have_done(tmp_path, poll):
         (offer,) = Board(tmp_path).offers()
         assert Shards(offer).help(helper, asked, METHODS) == 3
         assert Shards(offer).help(Model(), asked, METHODS) == 0
-        found = leading.lead(leader)(asked, METHODS, lambda count: None)
+        found = Shards(leading).lead(leader)(asked, METHODS, lambda count: None)
     assert not leader.asked
     assert [answer.text for answer in found[1]] == [f"fastv: {question.text}" for question in asked]
 
@@ -96,7 +97,7 @@ def test_what_a_helper_fails_at_is_found_out_by_the_leader(tmp_path, poll):
         with Board(tmp_path).offering(["a"], 3) as leading:
             (offer,) = Board(tmp_path).offers()
             Shards(offer).help(Model(broken=["fastv"]), asked, METHODS)
-            dense, fastv = leading.lead(Model(broken))(asked, METHODS, lambda count: None)
+            dense, fastv = Shards(leading).lead(Model(broken))(asked, METHODS, lambda count: None)
         assert len(dense) == 12
         assert str(fastv) == "no fastv" if ends is str else len(fastv) == 12
 

@@ -91,6 +91,27 @@ def test_the_first_signal_lets_the_batch_finish(fake, tmp_path, monkeypatch, cap
     assert len(answered) == 6 + 9 * 4
 
 
+def test_cells_that_only_wait_to_be_scored_are_stored_before_a_stop(fake, tmp_path, monkeypatch):  # noqa: F811
+    """The signal comes in the batch that answers the last questions of five cells together."""
+    answered, evaluate = set(), FakeBench.evaluate
+
+    def together(self, cell, on_progress):
+        if cell not in answered:
+            os.kill(os.getpid(), signal.SIGTERM)
+            answered.update(self.company)
+            on_progress(2, 2)
+        return evaluate(self, cell, on_progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeBench, "evaluate", together)
+        patch.setattr(FakeBench, "answered", lambda self, cell: cell in answered)
+        assert fake("together=5") == 130
+    records = list(Store(tmp_path / "results/quickstart").records())
+    assert [record["labels"]["benchmark"] for record in records] == ["gqa"] * 5
+    assert fake("together=5") == 0
+    assert len(FakeBench.evaluated) == 10
+
+
 def test_the_second_signal_ends_at_once(tmp_path):
     process = slow_run(tmp_path, 60.0)
     until(process, "batch 1")

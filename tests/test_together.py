@@ -1,6 +1,7 @@
 """Cells answered together: the same records as one by one, failures and resuming cell by cell, less work."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from small_llava import save_small_llava
@@ -151,6 +152,19 @@ def test_what_cannot_be_answered_together_is_asked_one_by_one(settings):
     assert [sheet.column(number)(questions, print)[0] for number in (0, 1)] == [["a 1"], ["b 2"]]
     assert sheet.column(0)(questions, print)[1].cells == 1
     assert generator.calls == ["a", "b", "a"]
+
+
+def test_a_sheet_holds_what_was_answered_together_until_it_is_read():
+    generator = _Counting()
+    answers = [SimpleNamespace(trace=None)]
+    generator.answer_together = lambda questions, methods, on_done: [answers, ValueError("no such layer"), answers]
+    generator.model = SimpleNamespace(config=None)
+    sheet = Sheet(generator, ["a", "b", "c"])
+    assert [sheet.holds(number) for number in range(3)] == [False] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("corematching.evaluation.sheet.flops", lambda config, traces: SimpleNamespace(total=1.0))
+        sheet.column(0)([Question("What?", list, {})], print)
+    assert [sheet.holds(number) for number in range(3)] == [False, False, True]
 
 
 def test_companies_differ_in_their_methods_only():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from corematching.evaluation import stopping
+from corematching.evaluation.board import Board
 from corematching.evaluation.cells import Cell, canonical_json
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
@@ -88,17 +89,16 @@ def computed(
     Raises
     ------
     Stopped
-        Between two batches, if the run was asked to stop.
+        Between two batches, if the run was asked to stop; not while cells are left that only wait to be scored.
     """
-    evaluator.company, evaluator.shards = company, None
+    evaluator.company, evaluator.offer = company, None
     with ExitStack() as offers:
         if company and peers > 1:
             ids = [cell.id for cell in company]
-            from corematching.evaluation.shards import Board  # torch, seconds to import
-
-            evaluator.shards = offers.enter_context(Board(root).offering(ids, SHARDS_PER_PEER * peers))
+            evaluator.offer = offers.enter_context(Board(root).offering(ids, SHARDS_PER_PEER * peers))
         for cell in company:
-            stopping.check()
+            if not evaluator.answered(cell):
+                stopping.check()
             reporter.start(cell, company)
             yield cell, *_compute(cell, experiment, evaluator, reporter)
 

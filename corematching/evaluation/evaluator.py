@@ -17,6 +17,7 @@ from corematching.benchmarks.spec import ROW
 from corematching.cost.memory import keep_freed_memory
 from corematching.engine.preflight import check_methods
 from corematching.errors import UserError
+from corematching.evaluation.board import Offer
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.shards import OnDone, Shards
@@ -44,8 +45,8 @@ class Evaluator:
         self.experiment = experiment
         self.company: tuple[Cell, ...] = ()
         """Cells that are going to be evaluated one after the other and ask the same questions; set by whoever asks."""
-        self.shards: Shards | None = None
-        """Where others help with the questions of these cells, if they do; set likewise."""
+        self.offer: Offer | None = None
+        """Through which others help with the questions of these cells, if they do; set likewise."""
         self._sheet: tuple[tuple[Cell, ...], Sheet | None] = ((), None)
         self._generator: Generator | None = None
         self._tasks: tuple[str, Any] = ("", None)
@@ -165,7 +166,12 @@ class Evaluator:
         }
         return record, with_traces(scored.samples, results, model.answers)
 
-    def help(self, company: Sequence[Cell], shards: Shards) -> int:
+    def answered(self, cell: Cell) -> bool:
+        """Whether a cell's questions were all answered together with another cell's: it only waits to be scored."""
+        company, sheet = self._sheet
+        return cell in company and company == self.company and sheet is not None and sheet.holds(company.index(cell))
+
+    def help(self, company: Sequence[Cell], offer: Offer) -> int:
         """Answer questions of cells that another process holds and scores; returns how many shards."""
         from corematching.evaluation import harness
         from corematching.evaluation.lmms_model import CoreMatchingLMM
@@ -173,7 +179,7 @@ class Evaluator:
         methods, config = [build(cell) for cell in company], company[0].config
 
         def ask(questions: Sequence[Question], on_done: OnDone) -> Any:
-            raise _Helped(shards.help(self.generator.answer_together, questions, methods))
+            raise _Helped(Shards(offer).help(self.generator.answer_together, questions, methods))
 
         model = CoreMatchingLMM.wrap(self.generator, methods[0], "", ask)
         try:
@@ -185,7 +191,7 @@ class Evaluator:
     def _sheet_of(self, company: tuple[Cell, ...]) -> Sheet:
         if self._sheet[0] != company or self._sheet[1] is None:
             answer = self.generator.answer_together
-            lead = self.shards.lead(answer) if self.shards and company == self.company else None
+            lead = Shards(self.offer).lead(answer) if self.offer and company == self.company else None
             self._sheet = company, Sheet(self.generator, [build(cell) for cell in company], lead)
         return self._sheet[1]  # type: ignore[return-value]
 

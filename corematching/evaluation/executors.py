@@ -17,6 +17,7 @@ from typing import Any
 from corematching.errors import UserError
 from corematching.evaluation import asks, machine, stopping
 from corematching.evaluation.attempt import OnRecord, attempt, companies, finished
+from corematching.evaluation.board import Board
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
@@ -55,11 +56,9 @@ def run_locally(
 
 def help_others(experiment: Experiment, evaluator: Any, root: Path) -> int:
     """Answer questions of cells that other processes hold; returns how many shards there were to answer."""
-    from corematching.evaluation.shards import Board, Shards  # torch, seconds to import
-
     known = {cell.id: cell for cell in experiment.cells}
     return sum(
-        evaluator.help([known[cell] for cell in offer.cells], Shards(offer))
+        evaluator.help([known[cell] for cell in offer.cells], offer)
         for offer in Board(root).offers()
         if known.keys() >= set(offer.cells)
     )

@@ -73,12 +73,16 @@ def _connected(settings: Any) -> Iterator[Any]:
         yield ray
         return
     own = settings["address"] is None and "RAY_ADDRESS" not in os.environ
-    options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 200 * 2**20} if own else {}
+    options: dict[str, Any] = {"address": settings["address"]}
+    if own:  # "local": with None, Ray takes up a cluster that it finds traces of on this machine, be it long gone
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": 200 * 2**20}
     with stopping.kept():  # Ray sets a handler of its own
         try:
-            ray.init(address=settings["address"], log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:  # Ray's own are of any type, also the bare one
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            if own:
+                raise UserError(f"executor=ray: Ray does not start on this machine ({reason})") from error
             raise UserError(
                 f"executor.address={settings['address']} is not valid here ({reason}); give null for this machine, "
                 "auto, or ray://HOST:10001"

@@ -1,9 +1,9 @@
 """The questions of one company of cells, answered by several processes at once, shard by shard.
 
-Whoever holds the cells' claims leads: it splits the questions, offers the shards in ``<store>/shards``, and answers
-them one after the other. A process that has no cell of its own to compute, on another GPU or machine, takes shards that
-nobody has taken. The leader puts the answers together in the order of the questions and scores them, once. Shards that
-a dead helper leaves behind are the leader's again; a dead leader's offers are void.
+Whoever holds the cells' claims leads: it splits the questions, offers the shards (`corematching.evaluation.board`), and
+answers them one after the other. A process that has no cell of its own to compute, on another GPU or machine, takes
+shards that nobody has taken. The leader puts the answers together in the order of the questions and scores them, once.
+Shards that a dead helper leaves behind are the leader's again; a dead leader's offers are void.
 
 How many processes there are is nobody's concern here, so every executor spreads its work this way.
 """
@@ -11,11 +11,9 @@ How many processes there are is nobody's concern here, so every executor spreads
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,68 +27,13 @@ from corematching.answering.pictures import Pictures
 from corematching.answering.prompts import Question
 from corematching.engine.trace import GuideTrace, SampleTrace
 from corematching.errors import UserError
+from corematching.evaluation.board import Offer
 from corematching.results.claims import Claims
 
 OnDone = Callable[[int], None]
 Together = Callable[[Sequence[Question], Sequence[Any], OnDone], list[list[Answer] | Exception]]
 """Answers questions under several methods: their answers, or what ended them."""
 _POLL_SECONDS = 0.5
-_OFFER = "offer.json"
-
-
-@dataclass(frozen=True)
-class Offer:
-    """Shards of a company of cells, as helpers find them."""
-
-    folder: Path
-    cells: tuple[str, ...]
-    """Their ids, in the order of the answers."""
-    parts: int
-    """Shards that the questions are split into."""
-
-
-class Board:
-    """Where processes that share a store offer and find shards.
-
-    Parameters
-    ----------
-    root
-        The store's folder.
-    """
-
-    def __init__(self, root: Path):
-        self.folder = root / "shards"
-        self._claims = Claims(self.folder)
-
-    @contextmanager
-    def offering(self, cells: Sequence[str], parts: int) -> Iterator[Shards]:
-        """Offer the shards of cells, given by their ids, for as long as the block lasts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = hashlib.sha256(" ".join(cells).encode()).hexdigest()[:16]
-        with self._claims.claim(name):
-            folder = self.folder / name
-            files.remove(folder)  # left by a process that is gone; perhaps of other code
-            files.write(folder / _OFFER, json.dumps({"cells": list(cells), "parts": parts}))
-            try:
-                yield Shards(Offer(folder, tuple(cells), parts))
-            finally:
-                with suppress(OSError):
-                    files.remove(folder)
-
-    def offers(self) -> Iterator[Offer]:
-        """What others offer now."""
-        for path in sorted(self.folder.glob(f"*/{_OFFER}")):
-            try:
-                said = json.loads(path.read_text(encoding="utf-8"))
-                offer = Offer(path.parent, tuple(map(str, said["cells"])), int(said["parts"]))
-            except (OSError, ValueError, LookupError, TypeError):
-                continue  # withdrawn at this moment
-            with self._claims.claim(path.parent.name) as abandoned:
-                if abandoned:
-                    with suppress(OSError):
-                        files.remove(path.parent)
-                    continue
-            yield offer
 
 
 class Shards:

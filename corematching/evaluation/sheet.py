@@ -74,6 +74,10 @@ class Sheet:
         # Read once: what a cell has got need not be held here.
         return self._filled[key].pop(number, None) or self._alone(number, questions, on_done)
 
+    def holds(self, number: int) -> bool:
+        """Whether the answers under a method to all questions that were asked are here and were not read."""
+        return bool(self._filled) and all(number in found for found in self._filled.values())
+
     def _worth(self, questions: Sequence[Question]) -> bool:
         """Whether answers are the same in company: samples are drawn in the order of asking."""
         return (len(self.methods) > 1 or self._helped) and not any(
