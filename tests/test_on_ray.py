@@ -4,17 +4,14 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from ray_stand_ins import Deadly, Quick, chaos_stand_in
 from small_llava import save_small_llava
 
 from corematching import cli
 from corematching.evaluation import evaluator, on_ray
 from corematching.results.store import Store
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import chaos_stand_in
 
 ray = pytest.importorskip("ray")
 
@@ -46,21 +43,6 @@ def quick(words, cache, tmp_path_factory):
         patch.setattr(on_ray, "Worker", Quick)
         assert cli.main([*words, f"results_dir={folder}"]) == 0
         yield words, folder / "run"
-
-
-class Quick(on_ray.Worker):
-    """Answers with the stand-in of scripts/chaos.py."""
-
-    def load(self):
-        self._evaluator = chaos_stand_in.Evaluator(self.experiment)
-
-
-class Deadly(Quick):
-    """Is killed by every cell of one method."""
-
-    def start(self, cell, company):
-        if cell.label["method"] == os.environ["CM_TEST_KILLER"]:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +116,13 @@ def test_a_worker_that_is_killed_is_named_and_changes_nothing(quick, cluster, tm
     monkeypatch.setattr(on_ray.Fleet, "_send", then_kill)
     assert cli.main([*words, f"results_dir={tmp_path}", "executor=ray"]) == 0
     same(tmp_path / "run", expected)
-    (told,) = [line for line in capsys.readouterr().out.splitlines() if " died " in line]
+    out = capsys.readouterr().out
+    (told,) = [line for line in out.splitlines() if line.startswith("worker") and " died (" in line]
     assert f"died (process {killed[0]['pid']} on" in told
     assert f"{killed[0]['pid']}.err" in told
 
 
+@pytest.mark.slow
 def test_a_cell_that_kills_its_workers_fails_and_the_others_do_not(quick, cluster, tmp_path, monkeypatch):
     words, _ = quick
     monkeypatch.setenv("CM_TEST_KILLER", "random")
@@ -151,6 +135,7 @@ def test_a_cell_that_kills_its_workers_fails_and_the_others_do_not(quick, cluste
     assert message == "2 workers died over this cell"
 
 
+@pytest.mark.slow
 def test_a_stopped_run_stores_what_is_done_and_leaves_no_claim(quick, cluster, tmp_path, monkeypatch, capsys):
     words, expected = quick
     send = on_ray.Fleet._send
