@@ -20,6 +20,17 @@ CONF = Path(str(files("conf")))
 PER_IMAGE = "per_image"
 """A parameter that every method has that chooses visual tokens inside the LLM; off unless it is named."""
 
+FILE_PARAMETERS = ("predictor", "router")
+"""Parameters whose value may be the path of a file with trained weights."""
+PACKAGED = "packaged:"
+"""Begins the path of a file inside the installed package's ``models``."""
+
+
+def file_of(path: str) -> Path:
+    """Where a file lies that a method's parameter names."""
+    inside = path.removeprefix(PACKAGED)
+    return Path(path).expanduser() if inside == path else Path(__file__).parent / "models" / inside
+
 
 def group_names(group: str) -> list[str]:
     """Names of the YAML files in a ``conf/`` group, sorted."""

@@ -72,6 +72,7 @@ ROW_METHODS: dict[str, dict[str, Any]] = {
     "snapkv": {"keep": 0.1},
     "streaming_llm": {"keep": 0.1},
     "h2o": {"keep": 0.1},
+    "pyramidkv": {"keep": 0.1},
     "adakv": {"keep": 0.1},
 }
 """Of a step's KV rows."""

@@ -155,6 +155,30 @@ def test_cells_differ_by_everything_that_can_change_a_number(no_files):
         assert plan(composed("benchmark=gqa", "methods=[dense]", change)).cells == base, change
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "{name:focusllava,router:FILE}",
+        "{name:dejavu,predictor:FILE}",
+        "{name:attention_predictor,predictor:FILE}",
+        "{name:random,keep:64,with:{name:powerinfer,predictor:FILE}}",
+    ],
+)
+def test_a_file_that_a_method_names_counts_by_its_content(tmp_path, entry):
+    file = tmp_path / "weights.bin"
+
+    def cells():
+        return plan(composed("benchmark=gqa", f"methods=[{entry.replace('FILE', str(file))}]", "controls=false")).cells
+
+    file.write_bytes(b"one")
+    first = cells()
+    assert cells() == first
+    file.write_bytes(b"two")
+    assert cells() != first
+    file.write_bytes(b"one")
+    assert cells() == first
+
+
 def test_the_machine_decides_model_and_data_where_nobody_does(monkeypatch):
     monkeypatch.setattr(machine, "why_small", lambda: None)
     config = composed("+experiment=gqa_sweep")

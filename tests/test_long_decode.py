@@ -9,6 +9,8 @@ from conftest import make_prompt
 
 import corematching as cm
 from corematching.cli import main
+from corematching.errors import UserError
+from corematching.evaluation.again import compute_again
 from corematching.longdecode.figure import long_decode_figure
 from corematching.longdecode.measure import dense_answer, forced, rows_of_steps
 from corematching.longdecode.table import long_decode_table
@@ -86,14 +88,18 @@ def test_table_and_figure_have_a_line_per_context_method_and_budget():
 
 def test_a_run_stores_cells_and_says_what_it_refuses(tmp_path, capsys):
     words = ["+experiment=long_decode", "decode.images=1", "decode.prompts=1", "decode.tokens=3", "tracking=none"]
-    words += ["report=false", f"results_dir={tmp_path}", "keep=0.1"]
+    words += [f"results_dir={tmp_path}", "keep=0.1"]
     assert main([*words, "methods=[dense,refreshkv]"]) == 0
     (folder,) = tmp_path.iterdir()
     table = pd.read_csv(folder / "long_decode.csv").set_index("method")
     assert table.loc["dense", "% of dense attention covered"] == 100
     assert table.loc["refreshkv", "rows read/step"] < 0.2 * table.loc["dense", "rows read/step"]
     assert (folder / "figures" / "long_decode.png").is_file()
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "report: " in said
+    assert not {line for line in said.splitlines() if line.strip().startswith("no ")}
+    with pytest.raises(UserError, match="measure again with"):
+        compute_again(next((folder / "cells").iterdir()))
     assert main([*words, "methods=[fastv]", "keep=64", "name=other"]) == 2
     assert "fastv leaves the KV cache alone" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
@@ -109,4 +115,4 @@ def test_wrong_settings_get_one_line(setting, capsys, tmp_path):
 
 def test_a_dry_run_counts_cells(capsys, tmp_path):
     assert main(["+experiment=long_decode", "dry_run=true", f"results_dir={tmp_path}"]) == 0
-    assert "28 cells on tiny" in capsys.readouterr().out
+    assert "40 cells on tiny" in capsys.readouterr().out

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 from parity import ParityRow
 from parity_choices import CHOICES
 from parity_choices import table as choices_table
@@ -72,7 +73,7 @@ def test_every_choice_names_methods_and_variants_that_exist():
         defaults = method_defaults(choice.method)
         for name, value in re.findall(r"`(\w+)=(\w+)`", choice.variants):
             assert name in defaults, choice
-            variant = {"true": True, "false": False}.get(value, value)
+            variant = yaml.safe_load(value)
             assert defaults[name] != variant, choice
             cm.build_method(choice.method, **{name: variant})
     text = (ROOT / "docs" / "parity.md").read_text()

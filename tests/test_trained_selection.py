@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -54,6 +56,36 @@ def test_text_under_a_policy_reads_as_if_the_others_were_dropped(untrained, aske
     assert torch.equal(short.text, asked.batch.text)
     _, dropped = run_layers(model, short, visual[:, kept])
     torch.testing.assert_close(under, dropped, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_trained_tower_is_the_one_that_really_drops(untrained, asked):
+    model, _ = untrained
+    layers = (2, 3)  # this untrained tower's first block gives every patch one score
+    thresholds = as_vit.first_thresholds(model, asked.pixels, layers, 0.6)
+    run = as_vit.run_tower(model, asked.pixels, layers, partial(as_vit.above, torch.tensor(thresholds).log()))
+    assert [count / 576 for count in run.kept] == pytest.approx([0.6, 0.36], abs=0.01)
+    image = model.config.image_token_id
+    ids = torch.tensor([[1, *[image] * 1152, 5]])
+    with cm.build_method("as_vit", layers=layers, thresholds=tuple(thresholds))(model) as trace:
+        seen = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=asked.pixels)
+    kept = run.policy.flatten().nonzero()[:, 0]
+    assert trace.samples[0].visual_tokens[0].tolist() == kept.tolist()
+    torch.testing.assert_close(seen.image_hidden_states, run.projected.flatten(0, 1)[kept], atol=1e-4, rtol=1e-3)
+    tokens = as_vit.kept(model, asked.pixels, layers, thresholds)
+    control = as_vit.untrained_thresholds(model, asked.pixels, layers, tokens)
+    assert as_vit.kept(model, asked.pixels, layers, control) == pytest.approx(tokens, abs=10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("second", [0.0, 1e-30])
+def test_patches_that_left_do_not_come_back_in_training(untrained, asked, second):
+    """Their score is 0, and a second threshold may be as low."""
+    model, _ = untrained
+    first, _ = as_vit.first_thresholds(model, asked.pixels, (2, 3), 0.6)
+    logs = torch.tensor([first, second]).log()
+    run = as_vit.run_tower(model, asked.pixels, (2, 3), partial(as_vit.above, logs))
+    assert 0 < run.kept[1] <= run.kept[0] < 576
 
 
 def test_steps_move_the_selector_and_leave_the_model_alone(untrained, asked):

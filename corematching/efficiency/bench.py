@@ -32,7 +32,14 @@ from corematching.evaluation import asks, provenance
 from corematching.evaluation.attempt import begun
 from corematching.evaluation.banner import banner, small_note
 from corematching.evaluation.cells import Cell
-from corematching.evaluation.experiment import Row, forced_since, method_rows, model_identity, model_label
+from corematching.evaluation.experiment import (
+    Row,
+    forced_since,
+    method_identity,
+    method_rows,
+    model_identity,
+    model_label,
+)
 from corematching.evaluation.publishing import outdated, publish_run
 from corematching.evaluation.records import describe, new_record
 from corematching.evaluation.settings import read_settings
@@ -123,7 +130,7 @@ class Bench:
         config = {
             "kind": "efficiency",
             "model": model,
-            "method": {"name": row.method, **row.parameters},
+            **method_identity(row),
             "benchmark": {"name": "efficiency", "data": "synthetic", "version": VERSION, "limit": None},
             "prompt": f"{protocol.before} + {self._image()} + {protocol.after} tokens",
             "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats}

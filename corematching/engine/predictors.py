@@ -18,6 +18,7 @@ from corematching.engine.state import PromptState
 from corematching.errors import UserError
 from corematching.methods.base import PredictNeurons
 from corematching.methods.predictor import Predictor
+from corematching.registry import file_of
 
 FILE_NAME = "predictors.safetensors"
 PARTS = ("first", "second", "frequency")
@@ -53,7 +54,7 @@ def load_predictors(file: str | None, model: Any, decoder: Any) -> dict[int, Pre
     UserError
         If there is no such file (says how to make one), it does not say its form, or it was made for another model.
     """
-    path = Path(model.config._name_or_path) / FILE_NAME if file is None else Path(file)
+    path = Path(model.config._name_or_path) / FILE_NAME if file is None else file_of(file)
     try:
         with safe_open(path, "pt") as opened:
             form = (opened.metadata() or {}).get(FORM)

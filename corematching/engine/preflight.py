@@ -15,6 +15,7 @@ from corematching.methods.base import Guide, Method, PredictNeurons, VisionOutpu
 from corematching.models.families import family_of
 from corematching.models.loading import load_config
 from corematching.models.support import stages_on
+from corematching.registry import file_of
 
 
 def check_methods(methods: Iterable[Method], config: Any, path: str) -> None:
@@ -44,7 +45,7 @@ def check_methods(methods: Iterable[Method], config: Any, path: str) -> None:
 
 
 def _check_predictors(file: str | None, config: Any, path: str) -> None:
-    place = Path(path) / FILE_NAME if file is None else Path(file)
+    place = Path(path) / FILE_NAME if file is None else file_of(file)
     shapes: dict[str, list[int]] = {}
     try:
         with safe_open(place, framework="pt") as tensors:

@@ -57,6 +57,8 @@ def compute_again(folder: Path, on_progress: Callable[[int, int], None] = lambda
         raise UserError(f"{folder} is no intact cell: {reason}") from None
     if record["kind"] != "accuracy":
         raise UserError(f"{folder} is a measurement of time: measure again with +experiment=efficiency")
+    if "hardware" in record["config"]:
+        raise UserError(f"{folder} holds times as well: measure again with +experiment=long_decode force=true")
     stored = pd.read_parquet(folder / SAMPLES) if record["checksums"]["samples"] else None
     cell = Cell.of(record["config"], **record["labels"])
     experiment, evaluator = _prepared(cell, record["provenance"].get("settings") or {})
@@ -143,6 +145,10 @@ def _origin(record: Mapping[str, Any], experiment: Experiment) -> Iterator[str]:
     here = model_identity(experiment.settings["model"])["revision"]
     if here != config["model"]["revision"]:
         yield f"weights: {config['model']['revision']} then, {here} now"
+    then, now = config.get("files", {}), provenance.method_files(config["method"])
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            yield f"{name}: {then.get(name)} then, {now.get(name)} now"
     for benchmark in experiment.benchmarks:
         version = experiment.source.version(benchmark)
         if version != config["benchmark"]["version"]:

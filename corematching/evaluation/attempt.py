@@ -24,7 +24,7 @@ def companies(cells: Sequence[Cell], most: int) -> Iterator[tuple[Cell, ...]]:
     """The cells in parts that can be answered together: they differ in their methods only; at most so many a part."""
     alike: dict[str, list[Cell]] = {}
     for cell in cells:
-        alike.setdefault(canonical_json({**cell.config, "method": None}), []).append(cell)
+        alike.setdefault(canonical_json({**cell.config, "method": None, "files": None}), []).append(cell)
     for group in alike.values():
         for start in range(0, len(group), most):
             yield tuple(group[start : start + most])

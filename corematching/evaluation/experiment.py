@@ -252,6 +252,13 @@ def model_identity(model: Mapping[str, Any], fetch: bool = True) -> dict[str, An
     return identity | ({"num_layers": model["num_layers"]} if model["num_layers"] else {})
 
 
+def method_identity(row: Row) -> dict[str, Any]:
+    """The part of a cell that says which method; files that its parameters name are named by content as well."""
+    method = {"name": row.method, **row.parameters}
+    files = provenance.method_files(method)
+    return {"method": method, **({"files": files} if files else {})}
+
+
 def model_label(identity: Mapping[str, Any]) -> str:
     """What tables call a model: its name, and what makes it another than the published one.
 
@@ -265,7 +272,7 @@ def model_label(identity: Mapping[str, Any]) -> str:
 def _cell(settings: Mapping[str, Any], model: Mapping[str, Any], row: Row, benchmark: Benchmark, version: str) -> Cell:
     config = {
         "model": model,
-        "method": {"name": row.method, **row.parameters},
+        **method_identity(row),
         "benchmark": {
             "name": benchmark.name,
             "data": settings["data"]["name"],

@@ -14,6 +14,7 @@ from typing import Any
 from corematching.errors import UserError
 from corematching.evaluation import machine
 from corematching.files import cpu_name
+from corematching.registry import FILE_PARAMETERS, file_of
 
 _PACKAGES = ("corematching-bench", "torch", "transformers", "lmms-eval", "datasets", "numpy", "pandas")
 _PACKAGED = "packaged:"  # as in corematching.models.loading, which needs torch
@@ -74,6 +75,19 @@ def folder_digest(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(file.read() if size <= _WHOLE_FILE else file.read(2**20))
     return digest.hexdigest()[:16]
+
+
+def method_files(method: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the files that a method's parameters name, by parameter; of one composed with it as ``with.NAME``.
+
+    A path that leads nowhere has none: the method says what is wrong with it.
+    """
+    found = {f"with.{name}": digest for name, digest in method_files(method.get("with") or {}).items()}
+    for name in FILE_PARAMETERS:
+        value = method.get(name)
+        if isinstance(value, str) and file_of(value).is_file():
+            found[name] = hashlib.sha256(file_of(value).read_bytes()).hexdigest()[:16]
+    return found
 
 
 def model_revision(model: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 from corematching import files
 from corematching.answering.generator import Generator
 from corematching.benchmarks.data import load_source
-from corematching.benchmarks.spec import ROW, load_benchmark
+from corematching.benchmarks.spec import ROW, available_benchmarks, load_benchmark
 from corematching.benchmarks.tasks import build_tasks
 from corematching.errors import UserError
 from corematching.inspection.evidence import Example, question_of
@@ -124,11 +124,11 @@ def record_experiment(cells: pd.DataFrame, folder: Path, images: int) -> Path:
     Raises
     ------
     UserError
-        If no cell is done, or the model or its data is missing.
+        If no cell of a benchmark is done (texts and long_decode are none), or the model or its data is missing.
     """
     import corematching as cm
 
-    done = cells[cells["status"] == "done"]
+    done = _drawn(cells)
     if done.empty:
         raise UserError("no cell of this experiment is done: there is nothing to draw overlays for")
     group = contexts(done)[0][1]
@@ -149,8 +149,13 @@ def record_experiment(cells: pd.DataFrame, folder: Path, images: int) -> Path:
 
 def uses_bundled_model(cells: pd.DataFrame) -> bool:
     """Whether all finished cells are of a bundled model that was shown images (and there are any)."""
-    done = cells[cells["status"] == "done"]
+    done = _drawn(cells)
     return len(done) > 0 and bool((done["image_tokens"] > 0).all()) and all(map(is_bundled, done["model_config"]))
+
+
+def _drawn(cells: pd.DataFrame) -> pd.DataFrame:
+    """The finished cells whose questions can be asked again: those of benchmarks."""
+    return cells[(cells["status"] == "done") & cells["benchmark"].isin(available_benchmarks())]
 
 
 def stored_examples(cell: pd.Series, count: int) -> list[Example]:

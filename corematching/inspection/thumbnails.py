@@ -6,7 +6,7 @@ from pathlib import Path
 
 from corematching import files
 from corematching.benchmarks.data import load_source
-from corematching.benchmarks.spec import ROW, load_benchmark
+from corematching.benchmarks.spec import ROW, available_benchmarks, load_benchmark
 from corematching.benchmarks.tasks import build_tasks
 from corematching.results.accuracy import contexts
 from corematching.results.aggregate import Aggregation
@@ -32,8 +32,8 @@ def record_thumbnails(aggregation: Aggregation, folder: Path) -> list[Path]:
         for block in disagreements(aggregation, group):
             done = group[(group["benchmark"] == block.benchmark) & (group["status"] == "done")]
             cell = done.iloc[0]
-            if not cell["image_tokens"] > 0:
-                continue  # a text run: there is no picture
+            if block.benchmark not in available_benchmarks():
+                continue  # texts and the long-decode road have no questions with a picture
             settings = {} if cell["data"] == "mini" else {"revision": cell["version"]}
             source, benchmark = load_source(cell["data"], **settings), load_benchmark(block.benchmark)
             if cell["n"] > MOST or source.version(benchmark) != cell["version"]:

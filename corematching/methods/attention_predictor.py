@@ -18,6 +18,7 @@ from corematching.methods.base import ChooseRows, Geometry, Method, ReadRows, St
 from corematching.methods.parameters import Budget, check_budget, check_layer
 from corematching.methods.rows import EVERYTHING, Blocks, check_parts, part_of, row_budget, strongest_of_group
 from corematching.methods.views import PromptRowsView, StepView
+from corematching.registry import file_of
 
 BUNDLED = Path(__file__).with_suffix(".pt")
 """Weights of scripts/train_attention_predictor.py on the bundled model."""
@@ -166,7 +167,7 @@ class AttentionPredictor(Method):
     def _weights(self, device: torch.device) -> dict[str, Tensor] | None:
         if self.predictor == MEAN:
             return None
-        weights = load_weights(BUNDLED if self.predictor is None else Path(self.predictor))
+        weights = load_weights(BUNDLED if self.predictor is None else file_of(self.predictor))
         return {name: weight.to(device) for name, weight in weights.items()}
 
     def begin(self, view: PromptRowsView) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -17,14 +16,13 @@ from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Repla
 from corematching.methods.parameters import check_budget, check_layer
 from corematching.methods.selection import keep_top
 from corematching.methods.views import LayerView, VisionView
+from corematching.registry import file_of
 
 REGION = 4
 """Patches on a side of a region."""
 POOLED = (4, 2, 1)
 """Patches on a side that a token of each scale stands for: 1, 4 and 16 tokens per region."""
 TOKENS = tuple((REGION // side) ** 2 for side in POOLED)
-PACKAGED = "packaged:"
-"""Begins the path of a router inside the installed package's ``models``."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,6 @@ def candidates(features: Tensor, rows: int, columns: int) -> tuple[Tensor, Tenso
     return torch.cat(tokens, 1)[:, order], patch, torch.cat(scales)[order]
 
 
-@functools.lru_cache(maxsize=4)
 def load_router(path: str | None) -> Tensor:
     """Weights [3, 2 d + 1] of a router.
 
@@ -164,10 +161,8 @@ def load_router(path: str | None) -> Tensor:
     """
     if path is None:
         raise UserError("router=None: focusllava needs a router; train one with scripts/train_selection.py focusllava")
-    inside = path.removeprefix(PACKAGED)
-    file = Path(path) if inside == path else Path(__file__).parents[1] / "models" / inside
     try:
-        weights = torch.load(file, weights_only=True, map_location="cpu")["router"]
+        weights = torch.load(file_of(path), weights_only=True, map_location="cpu")["router"]
     except (OSError, KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(
             f"router={path!r} is no router that can be read: train one with scripts/train_selection.py focusllava"

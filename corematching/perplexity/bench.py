@@ -24,7 +24,14 @@ from corematching.evaluation.attempt import attempt, finished
 from corematching.evaluation.banner import banner, small_note
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.evaluator import build
-from corematching.evaluation.experiment import Experiment, forced_since, method_rows, model_identity, model_label
+from corematching.evaluation.experiment import (
+    Experiment,
+    forced_since,
+    method_identity,
+    method_rows,
+    model_identity,
+    model_label,
+)
 from corematching.evaluation.progress import Reporter
 from corematching.evaluation.publishing import publish_run
 from corematching.evaluation.settings import read_settings
@@ -83,7 +90,7 @@ def planned(settings: Mapping[str, Any], text: str) -> Experiment:
         Cell.of(
             {
                 "model": identity,
-                "method": {"name": row.method, **row.parameters},
+                **method_identity(row),
                 "benchmark": {
                     "name": BENCHMARK,
                     "data": source["package"],

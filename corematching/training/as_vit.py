@@ -23,6 +23,8 @@ from corematching.training.selection import answer_losses, answers, ask, straigh
 
 TEMPERATURE = 0.5
 """Of the sigmoid over logarithms of scores."""
+LEAST = 1e-12
+"""Added to scores and thresholds before their logarithm: where [CLS] does not look at all, a score is 0."""
 FIRST_KEEP = 0.7
 """Share of the patches that each place keeps of those before it when training begins."""
 FLOPS_WEIGHT = 9.2
@@ -35,7 +37,7 @@ class Thresholds(nn.Module):
 
     def __init__(self, values: Sequence[float]) -> None:
         super().__init__()
-        self.logs = nn.Parameter(torch.tensor(values).log())
+        self.logs = nn.Parameter(torch.tensor(values).clamp(min=LEAST).log())
 
     @property
     def values(self) -> list[float]:
@@ -57,7 +59,8 @@ def run_tower(
 ) -> PolicyRun:
     """Run tower and projector of a LLaVA; patches may leave before the blocks `layers`.
 
-    `leave` gets the number of the place and the patches' scores (n, P) and returns their policy; None: nothing leaves.
+    `leave` gets the number of the place and the patches' scores (n, P) and returns their policy, which those that left
+    before can only keep; None: nothing leaves.
     """
     tower = model.model.vision_tower
     config = model.config.vision_config
@@ -71,7 +74,8 @@ def run_tower(
     features = hidden
     for index, block in enumerate(blocks):
         if leave is not None and index in layers:
-            policy = leave(layers.index(index), scores)
+            # Who left stays away; why they left is a matter of the threshold they met, so no gradient here.
+            policy = policy.detach() * leave(layers.index(index), scores)
             kept.append(policy.sum(1).mean().item())
         hidden, scores = _block(block, hidden, nn.functional.pad(policy, (1, 0), value=1.0))
         tokens = policy.sum(1) + 1
@@ -84,7 +88,7 @@ def run_tower(
 
 def above(logs: Tensor, place: int, scores: Tensor) -> Tensor:
     """Policy (n, P) of the patches whose score is above a place's threshold, given as a logarithm."""
-    soft = (((scores + 1e-12).log() - logs[place]) / TEMPERATURE).sigmoid()
+    soft = (((scores + LEAST).log() - (logs[place].exp() + LEAST).log()) / TEMPERATURE).sigmoid()
     return straight_through((soft > 0.5).float(), soft)
 
 
@@ -92,10 +96,14 @@ def above(logs: Tensor, place: int, scores: Tensor) -> Tensor:
 def first_thresholds(model: Any, pixels: Tensor, layers: Sequence[int], keep: float = FIRST_KEEP) -> list[float]:
     """Thresholds above which every place keeps a share `keep` of the patches that are left, over all pictures."""
     found: list[float] = []
+    left = torch.ones((), dtype=torch.bool)
 
     def leave(place: int, scores: Tensor) -> Tensor:
-        found.append(scores.flatten().quantile(1 - keep ** (place + 1)).item())
-        return (scores > found[-1]).float()
+        nonlocal left
+        left = left.expand_as(scores)
+        found.append(scores[left].quantile(1 - keep).item() if left.any() else 0.0)
+        left = left & (scores > found[-1])
+        return left.float()
 
     run_tower(model, pixels, layers, leave)
     return found
