@@ -82,7 +82,8 @@ def method_files(method: Mapping[str, Any]) -> dict[str, str]:
 
     A path that leads nowhere has none: the method says what is wrong with it.
     """
-    found = {f"with.{name}": digest for name, digest in method_files(method.get("with") or {}).items()}
+    second = method.get("with")
+    found = {f"with.{name}": digest for name, digest in method_files(second).items()} if second else {}
     for name in FILE_PARAMETERS:
         value = method.get(name)
         if isinstance(value, str) and file_of(value).is_file():
