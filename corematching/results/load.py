@@ -248,10 +248,10 @@ def _row(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a result besides method, benchmark and prompt, flat: ``generation.max_new_tokens`` and so on."""
+    """What decides a result besides method (its files included), benchmark and prompt, flat: ``generation.max_new_tokens`` and so on."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if name in ("method", "benchmark", "prompt"):
+        if name in ("method", "files", "benchmark", "prompt"):
             continue
         flat |= {f"{name}.{key}": held for key, held in value.items()} if isinstance(value, Mapping) else {name: value}
     return flat
