@@ -248,7 +248,7 @@ def _row(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a result besides method (its files included), benchmark and prompt, flat: ``generation.max_new_tokens`` and so on."""
+    """What decides a result besides method and its files, benchmark and prompt: ``generation.max_new_tokens``, ..."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if name in ("method", "files", "benchmark", "prompt"):
