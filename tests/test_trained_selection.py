@@ -23,7 +23,7 @@ LAYERS = (1, 2)
 @pytest.fixture(scope="module")
 def untrained():
     tokenizer = build_tokenizer()
-    shape = TinyShape(layers=2, ffn=32, vision_layers=4, vision_ffn=32)
+    shape = TinyShape(layers=2, ffn=32, vision_layers=5, vision_ffn=32)
     model = build_model(tokenizer, CodeBook(tokenizer, shape.width), shape)
     return frozen(model), Packer(tokenizer)
 
