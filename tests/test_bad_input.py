@@ -91,7 +91,7 @@ SETTINGS = {
 }
 TIMING = {
     **dict.fromkeys(("efficiency.repeats", "efficiency.before", "efficiency.after"), NO_COUNTS),
-    "efficiency.output_tokens": (None, 0, [], [0], [1.5], "x", True),
+    **dict.fromkeys(("efficiency.output_tokens", "efficiency.batch"), (None, 0, [], [0], [1.5], "x", True)),
     **dict.fromkeys(("efficiency.engine", "efficiency.ffn"), NO_CHOICES),
     "efficiency.foo": (1,),
     **dict.fromkeys(("hardware.flops", "hardware.memory", "hardware.link"), (1, 0, NAN, "x", True)),

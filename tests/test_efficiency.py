@@ -22,7 +22,7 @@ from corematching.cli import main
 from corematching.cost.hardware import load_hardware
 from corematching.cost.roofline import Hardware, Sizes, at_depth, decode_bytes, predict
 from corematching.efficiency.ffn_ways import measured_ways
-from corematching.efficiency.inputs import fixed_inputs
+from corematching.efficiency.inputs import fixed_batch, fixed_inputs
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
 from corematching.efficiency.offloaded import ffn_bytes, measure_offloaded, other_bytes, plan
 from corematching.efficiency.peaks import Peaks
@@ -350,3 +350,57 @@ def test_the_gpu_script_runs_dry_with_little_more_than_torch():
     assert done.returncode == 0, done.stderr
     assert "dry run complete" in done.stdout
     assert "core-neuron FFN (rows " in done.stdout
+
+
+def test_a_batch_is_of_prompts_that_differ(random_llava):
+    one, three = fixed_batch(random_llava, 1), fixed_batch(random_llava, 3)
+    assert all(torch.equal(three[name][:1], one[name]) for name in one)
+    assert not torch.equal(three["input_ids"][0], three["input_ids"][1])
+    method = cm.build_method("corematching")
+    protocol = Protocol(output_tokens=(1, 3), repeats=1, batch=(3,))
+    found = measure(random_llava, cm.build_method("dense"), method, three, protocol, PEAKS)
+    kept = {len(sample.visual_tokens[-1]) for sample in found.samples}
+    neurons = {tuple(sample.neurons[0].tolist()) for sample in found.samples}
+    assert len(found.samples) == 3
+    assert len(kept) > 1, "prompts keep different numbers of tokens"
+    assert len(neurons) == 3, "and have neurons of their own"
+    row = found.rows[3]
+    assert row["batch"] == 3
+    assert row["tokens_per_s"] == pytest.approx(9 / row["end_to_end_ms"] * 1e3)
+    assert row["flops"] == pytest.approx(cm.flops(random_llava.config, found.samples).total)
+    assert row["kv_bytes"] == sum(sample.kv_bytes for sample in found.samples)
+
+
+def test_a_batch_reads_weights_once(random_llava):
+    config = random_llava.config
+    sample, _ = traced(random_llava, "dense")
+    single, double = (decode_bytes(config, [sample] * count, 4, 5) for count in (1, 2))
+    rows = sample.kv_bytes + 6 * 3 * sample.dense_kv_bytes // (6 * sample.prompt_tokens)
+    assert single == decode_bytes(config, sample, 4, 5)
+    assert double - single == rows
+    card = Hardware("toy", {"float32": 1e9}, bandwidth=1e15, memory=1e12, link=1e9)
+    alone, both = (predict(config, [sample] * count, card, "float32", 5) for count in (1, 2))
+    assert both.decode_per_token == pytest.approx(2 * alone.decode_per_token), "bound by arithmetic"
+
+
+def test_batches_are_blocks_of_the_table_and_single_prompts_the_cells_they_were(tmp_path: Path, capsys):
+    words = ["+experiment=efficiency", "model=tiny", "model.num_layers=2", f"results_dir={tmp_path}"]
+    words += ["methods=[dense,{name: fastv, layer: 1}]", "keep=[16]", "efficiency.output_tokens=2"]
+    words += ["efficiency.repeats=1"]
+    assert main(words) == 0
+    cells = tmp_path / "efficiency" / "cells"
+    before = {path.name: (path / "cell.json").read_bytes() for path in cells.iterdir()}
+    assert main([*words, "efficiency.batch=[1,3]"]) == 0
+    assert {name: (cells / name / "cell.json").read_bytes() for name in before} == before, "not measured again"
+    assert len(list(cells.iterdir())) == 2 * len(before)
+    table = (tmp_path / "efficiency" / "table.md").read_text()
+    assert table.count("resident, batch 3") == 2
+    assert "tokens/s" in table
+    capsys.readouterr()
+    assert main([*words, "efficiency.batch=[1,3]", "dry_run=true"]) == 0
+    assert "1 output lengths and 2 batch sizes, 0 to measure" in capsys.readouterr().out
+    for value, told in (("[0]", "whole numbers of at least 1"), ("[3]", "add 1 to the batch sizes")):
+        assert main([*words, f"efficiency.batch={value}", "hardware=titan_xp"]) == 2
+        said = capsys.readouterr().err
+        assert told in said
+        assert said.count("\n") == 1

@@ -94,24 +94,39 @@ class Sizes:
         return self.vision + self.projector + self.depth * self.layer + self.head + self.embedding
 
 
-def decode_bytes(config: Any, sample: SampleTrace, element: int, steps: int) -> float:
+def decode_bytes(config: Any, sample: SampleTrace | Sequence[SampleTrace], element: int, steps: int) -> float:
     """Bytes one decode step must read, on average over ``steps``: weights, KV rows, lm_head.
 
     Parameters
     ----------
+    sample
+        A prompt's trace, or those of a batch: its prompts share a read of the weights. Where they chose different
+        neurons FFNs count whole, which is more than the union of the neurons that is read where that is faster.
     element
         Bytes per weight.
     """
+    samples = [sample] if isinstance(sample, SampleTrace) else list(sample)
+    weights = max(_weights_read(config, one, steps) for one in samples)
+    return weights * element + sum(_rows_read(one, steps) for one in samples)
+
+
+def _weights_read(config: Any, sample: SampleTrace, steps: int) -> float:
+    """Weights that a decode step of one prompt reads."""
     sizes = Sizes.of(config)
     weights = sizes.head + config.text_config.hidden_size + sample.predictor_weights
     for neurons in sample.neurons:
         weights += sizes.attention + sizes.neuron * sample.ffn_width(neurons, sizes.ffn_width, steps)
+    return weights
+
+
+def _rows_read(sample: SampleTrace, steps: int) -> float:
+    """Bytes of KV rows that a decode step of one prompt reads, and what choosing them reads."""
     row = sample.dense_kv_bytes / ((sample.past_tokens + sample.prompt_tokens) * len(sample.llm_tokens))
     rows = 0.0
     for layer, kv in enumerate(sample.kv_lengths):
         read = sample.rows_per_step(layer, steps)
         rows += kv + (steps + 1) / 2 if read is None else read
-    return weights * element + row * rows + sample.choosing(steps)[1]
+    return row * rows + sample.choosing(steps)[1]
 
 
 def in_dtype(config: Any, sample: SampleTrace, dtype: str) -> SampleTrace:
@@ -170,34 +185,44 @@ class Prediction:
         return self.prefill + (output_tokens - 1) * self.decode_per_token
 
 
-def predict(config: Any, sample: SampleTrace, hardware: Hardware, dtype: str, output_tokens: int = 128) -> Prediction:
-    """What a trace would take on a device, at its peaks.
+def predict(
+    config: Any,
+    sample: SampleTrace | Sequence[SampleTrace],
+    hardware: Hardware,
+    dtype: str,
+    output_tokens: int = 128,
+) -> Prediction:
+    """What a prompt's trace, or a batch's, would take on a device, at its peaks.
 
     Where the weights do not fit, as many whole FFNs as do stay on the device and the others are streamed: in prefill by
     everyone, in decode by all but methods that keep chosen neurons (see :mod:`corematching.engine.offload`).
     """
-    element = ELEMENT[dtype]
+    samples = [sample] if isinstance(sample, SampleTrace) else list(sample)
+    first, element = samples[0], ELEMENT[dtype]
     sizes, rate = Sizes.of(config), hardware.rate(dtype)
     steps = max(output_tokens - 1, 1)
-    chosen = [None if sample.ffn_mode in ("masked", "whole") else neurons for neurons in sample.neurons]
+    chosen = [None if first.ffn_mode in ("masked", "whole") else neurons for neurons in first.neurons]
     widths = [sizes.ffn_width if neurons is None else len(neurons) for neurons in chosen]
-    sliced = all(neurons is not None for neurons in chosen) and not sample.predictor_weights
+    sliced = all(neurons is not None for neurons in chosen) and not first.predictor_weights
     ffn = sizes.neuron * sizes.ffn_width * element
-    others = (sizes.total - sizes.depth * sizes.neuron * sizes.ffn_width) * element + sample.dense_kv_bytes
+    others = (sizes.total - sizes.depth * sizes.neuron * sizes.ffn_width) * element
+    others += sum(one.dense_kv_bytes for one in samples)
     share = max(widths) / sizes.ffn_width if sliced else 0.0
     whole = resident_layers(hardware.memory - others, ffn, sizes.depth, share)
     missing = sizes.depth - whole
-    cost = flops(config, sample)
-    read = decode_bytes(config, sample, element, steps)
+    cost = flops(config, samples)
+    read = decode_bytes(config, samples, element, steps)
     prefill = max(
         (cost.vision + cost.projector) / rate, (sizes.vision + sizes.projector) * element / hardware.bandwidth
     )
-    prefill += (cost.overhead - sum(sample.choice_flops)) / rate
+    prefill += (cost.overhead - sum(sum(one.choice_flops) for one in samples)) / rate
     prefill += max(
         cost.prefill / rate, sizes.depth * sizes.layer * element / hardware.bandwidth, missing * ffn / hardware.link
     )
     prefill += sizes.head * element / hardware.bandwidth
-    arithmetic = decode_flops(config, sample, steps) / steps + 2 * sizes.head + sample.choosing(steps)[0]
+    arithmetic = sum(
+        decode_flops(config, one, steps) / steps + 2 * sizes.head + one.choosing(steps)[0] for one in samples
+    )
     streamed = 0.0 if sliced else missing * ffn
     step = max(arithmetic / rate, read / hardware.bandwidth, streamed / hardware.link)
     slices = missing * sum(widths) / len(widths) * sizes.neuron * element if sliced else 0.0

@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from corematching import build_method, compose, load_model
 from corematching.cost.hardware import THIS
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import Hardware
 from corematching.efficiency.ffn_ways import measured_ways
-from corematching.efficiency.inputs import fixed_inputs
+from corematching.efficiency.inputs import fixed_batch
 from corematching.efficiency.offloaded import measure_offloaded
 from corematching.efficiency.peaks import measure_peaks
 from corematching.efficiency.rows import Measured, Protocol, measure, predicted_rows
 from corematching.efficiency.table import print_rows, run_table
 from corematching.engine.preflight import check_methods
 from corematching.engine.trace import SampleTrace
+from corematching.errors import UserError
 from corematching.evaluation import asks, provenance
 from corematching.evaluation.attempt import begun
 from corematching.evaluation.banner import banner, small_note
@@ -97,12 +99,14 @@ class Bench:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
         values = dict(settings["efficiency"])
-        values["output_tokens"] = tuple(dict.fromkeys(values["output_tokens"]))
+        for several in ("output_tokens", "batch"):
+            values[several] = tuple(dict.fromkeys(values[several]))
         self.protocol = Protocol(**values)
         self.rows = tuple(method_rows(settings))
         self.identity = model_identity(settings["model"])
         self.methods = self._checked_methods()
         self.elsewhere = [Hardware(**card) for card in settings["hardware"] if card["name"] != THIS]
+        _check_batch(self.protocol, self.elsewhere)
         self.on_gpu = torch.cuda.is_available() and not str(settings["model"]["device"]).startswith("cpu")
         self.machine = provenance.hardware() | {"threads": torch.get_num_threads(), "torch": torch.__version__}
         self.folder = asks.folder_of(settings)
@@ -123,7 +127,9 @@ class Bench:
         return chosen["name"] if chosen["weights"] == "random" else chosen["path"]
 
     # ------------------------------------------------------------------------------------------------------- cells
-    def cell(self, row: Row, tokens: int, regime: str = "resident", card: Hardware | None = None) -> Cell:
+    def cell(
+        self, row: Row, tokens: int, regime: str = "resident", card: Hardware | None = None, batch: int = 1
+    ) -> Cell:
         """The cell of a method's row; a prediction is for the whole model on a card."""
         protocol = self.protocol
         model = {k: v for k, v in self.identity.items() if k != "num_layers"} if card else self.identity
@@ -134,7 +140,8 @@ class Bench:
             "benchmark": {"name": "efficiency", "data": "synthetic", "version": VERSION, "limit": None},
             "prompt": f"{protocol.before} + {self._image()} + {protocol.after} tokens",
             "generation": {"max_new_tokens": tokens, "engine": protocol.engine, "repeats": protocol.repeats}
-            | ({} if protocol.ffn == "auto" else {"ffn": protocol.ffn}),
+            | ({} if protocol.ffn == "auto" else {"ffn": protocol.ffn})
+            | ({} if batch == 1 else {"batch": batch}),
             "seed": self.settings["seed"],
             "regime": regime,
             "hardware": self._prediction_of(card) if card else self.machine,
@@ -148,8 +155,15 @@ class Bench:
 
     def measured_cells(self, row: Row) -> list[Cell]:
         """The cells of a method that are timed on this machine."""
-        regimes = ["resident", *(_limited(card) for card in self.elsewhere if self.on_gpu)]
-        return [self.cell(row, tokens, regime) for regime in regimes for tokens in self.protocol.output_tokens]
+        resident = [cell for batch in self.protocol.batch for cell in self.resident_cells(row, batch)]
+        limited = [_limited(card) for card in self.elsewhere if self.on_gpu]
+        return resident + [
+            self.cell(row, tokens, regime) for regime in limited for tokens in self.protocol.output_tokens
+        ]
+
+    def resident_cells(self, row: Row, batch: int) -> list[Cell]:
+        """The cells of a method that are timed at a batch size with everything resident."""
+        return [self.cell(row, tokens, batch=batch) for tokens in self.protocol.output_tokens]
 
     def cells(self, row: Row) -> list[Cell]:
         """Every cell of a method: measured, then predicted."""
@@ -160,7 +174,10 @@ class Bench:
         ]
 
     def is_done(self, row: Row) -> bool:
-        records = [self.store.read(cell.id) for cell in self.cells(row)]
+        return self._are_done(self.cells(row))
+
+    def _are_done(self, cells: Sequence[Cell]) -> bool:
+        records = [self.store.read(cell.id) for cell in cells]
         return all(
             record is not None and record["status"] == "done" and begun(record) >= self.since for record in records
         )
@@ -185,8 +202,6 @@ class Bench:
         )
         geometry = family_of(self.model.config).geometry(self.model.config)
         self.dense = build_method("dense")
-        before, after = self.protocol.before, self.protocol.after
-        self.inputs = fixed_inputs(self.model, before, after, size=chosen.get("image_size"))
         self.peaks = measure_peaks(self.model.device, self.model.dtype)
         print(
             f"  measured peaks: copy {self.peaks.copy_bandwidth / 1e9:.1f} GB/s, "
@@ -207,13 +222,18 @@ class Bench:
         started = datetime.now(UTC)
         method, protocol = self.methods[row], self.protocol
         try:
-            resident = measure(self.model, self.dense, method, self.inputs, protocol, self.peaks)
-            self._write(row, resident, started)
-            for card in self.elsewhere:
-                if self.on_gpu:
-                    limited = measure_offloaded(self.model, method, self.inputs, protocol, self.peaks, card.memory)
-                    self._write(row, limited, started, _limited(card))
-                self._write_predictions(row, resident, started, card)
+            for batch in protocol.batch:
+                single = batch == 1 and bool(self.elsewhere)
+                if not single and self._are_done(self.resident_cells(row, batch)):
+                    continue
+                inputs = self._prompts(batch)
+                resident = measure(self.model, self.dense, method, inputs, protocol, self.peaks)
+                self._write(row, resident, started, batch=batch)
+                for card in self.elsewhere if single else ():
+                    if self.on_gpu:
+                        limited = measure_offloaded(self.model, method, inputs, protocol, self.peaks, card.memory)
+                        self._write(row, limited, started, _limited(card))
+                    self._write_predictions(row, resident, started, card)
         except Exception as error:  # whatever went wrong belongs to this method, and the others go on
             self.failed += 1
             print(neutral(f"  {row.label} failed: {type(error).__name__}: {error}"))
@@ -221,17 +241,21 @@ class Bench:
                 if (self.store.read(cell.id) or {}).get("status") != "done":
                     self._store(cell, started, {"status": "failed", "error": describe(error)})
 
-    def _write(self, row: Row, measured: Measured, started: datetime, regime: str = "resident") -> None:
+    def _prompts(self, batch: int) -> dict[str, Tensor]:
+        before, after, size = self.protocol.before, self.protocol.after, self.settings["model"].get("image_size")
+        return fixed_batch(self.model, batch, before, after, size=size)
+
+    def _write(self, row: Row, measured: Measured, started: datetime, regime: str = "resident", batch: int = 1) -> None:
         for tokens, bench in measured.rows.items():
-            done = result(bench, measured.trace, self.model.config)
-            self._store(self.cell(row, tokens, regime), started, done)
+            done = result(bench, measured.samples, self.model.config)
+            self._store(self.cell(row, tokens, regime, batch=batch), started, done)
 
     def _write_predictions(self, row: Row, measured: Measured, started: datetime, card: Hardware) -> None:
         depth, lengths = self.settings["model"]["layers"] or 0, self.protocol.output_tokens
         dense = measured.pair.dense[-1].trace
         found = predicted_rows(self.model.config, measured.trace, dense, lengths, card, depth)
         for tokens, bench in found.rows.items():
-            self._store(self.cell(row, tokens, "predicted", card), started, result(bench, found.trace, found.config))
+            self._store(self.cell(row, tokens, "predicted", card), started, result(bench, [found.trace], found.config))
 
     def _store(self, cell: Cell, started: datetime, done: dict[str, Any]) -> None:
         seconds = (datetime.now(UTC) - started).total_seconds()
@@ -252,13 +276,13 @@ class Bench:
         return 1 if self.failed else 0
 
 
-def result(bench: dict[str, Any], trace: SampleTrace, config: Any) -> dict[str, Any]:
-    """What a finished row adds to its record."""
+def result(bench: dict[str, Any], samples: Sequence[SampleTrace], config: Any) -> dict[str, Any]:
+    """What a finished row, with the traces of its batch, adds to its record."""
     from corematching.answering.generator import Answer
     from corematching.evaluation.trace_summary import summarise
 
     tokens = bench["output_tokens"]
-    summary = summarise([Answer("", tokens, trace.stopped_after(tokens - 1))], config)
+    summary = summarise([Answer("", tokens, sample.stopped_after(tokens - 1)) for sample in samples], config)
     return {"status": "done", "bench": bench, "trace": summary}
 
 
@@ -286,6 +310,14 @@ def method_of(row: Row) -> Method:
         return method
     second = dict(second)
     return compose(method, build_method(second.pop("name"), **second))
+
+
+def _check_batch(protocol: Protocol, cards: Sequence[Hardware]) -> None:
+    if cards and 1 not in protocol.batch:
+        raise UserError(
+            f"batch={list(protocol.batch)} is not valid with hardware={cards[0].name}: rows of other hardware are of"
+            " single prompts; add 1 to the batch sizes, or leave hardware out"
+        )
 
 
 def _limited(card: Hardware) -> str:

@@ -60,6 +60,18 @@ def fixed_inputs(
     return {name: value.to(model.device) for name, value in given.items()}
 
 
+def fixed_batch(
+    model: Any, count: int, before: int = 35, after: int = 40, seed: int = 0, size: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """So many prompts as :func:`fixed_inputs` makes them, equally long, each with text and an image of its own.
+
+    Methods that choose by content therefore keep different tokens, and as many as each prompt asks for, and different
+    neurons. The first prompt is that of a batch of one.
+    """
+    prompts = [fixed_inputs(model, before, after, seed=seed + number, size=size) for number in range(count)]
+    return {name: torch.cat([prompt[name] for prompt in prompts]) for name in prompts[0]}
+
+
 def visual_inputs(
     config: Any, size: Sequence[int], images: int, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], int]:

@@ -45,17 +45,25 @@ class Spread:
 
 @dataclass(frozen=True)
 class Run:
-    """One answer, timed. Seconds."""
+    """One answer, or a batch's, timed. Seconds."""
 
     prefill: float
     """Vision tower to first token."""
     end_to_end: dict[int, float]
     """By output length: prefill and the decode steps up to it."""
     trace: SampleTrace
+    """Of the batch's first prompt."""
     peak_bytes: int
     """Highest memory use during the run: allocated on a GPU, resident set of the process on a CPU."""
     engine: str
     """"eager", or "compiled" and what of it a GPU could not capture."""
+    others: tuple[SampleTrace, ...] = ()
+    """Traces of the batch's other prompts."""
+
+    @property
+    def samples(self) -> tuple[SampleTrace, ...]:
+        """The batch's traces, one per prompt."""
+        return self.trace, *self.others
 
     def decode_per_token(self, tokens: int) -> float | None:
         """Mean seconds per decode step of the first ``tokens`` tokens; None for one token, which needs no step."""
@@ -92,9 +100,10 @@ def answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int]
             decoder.step()
             if step + 1 in lengths:
                 reached[step + 1] = clock(device) - start
-    (sample,) = trace.drain()
+    first_sample, *others = trace.drain()
     ran = _ran(engine, model._corematching, decoder)
-    return Run(first, {length: reached[length] for length in lengths}, sample, peak.bytes, ran)
+    times = {length: reached[length] for length in lengths}
+    return Run(first, times, first_sample, peak.bytes, ran, tuple(others))
 
 
 def _ran(engine: str, session: Any, decoder: Any) -> str:
@@ -158,9 +167,9 @@ def in_turns(
 
 
 def _without_image(model: Any, inputs: dict[str, Tensor], most: int = 8) -> dict[str, Tensor]:
-    """The first text tokens of a prompt."""
+    """The first text tokens of every prompt; all have as many."""
     ids = inputs["input_ids"]
-    text = ids[ids != family_of(model.config).image_token_id(model.config)][None, :most]
+    text = ids[ids != family_of(model.config).image_token_id(model.config)].view(len(ids), -1)[:, :most]
     return {"input_ids": text, "attention_mask": torch.ones_like(text)}
 
 

@@ -151,7 +151,7 @@ class Plan:
             tokens = cell.config["generation"]["max_new_tokens"]
             try:
                 rows = predicted_rows(self.config, sample, dense, [tokens], card)
-                done = result(rows.rows[tokens], rows.trace, rows.config)
+                done = result(rows.rows[tokens], [rows.trace], rows.config)
             except UserError as error:  # too little memory
                 done = {"status": "failed", "error": describe(error)}
             seconds = (datetime.now(UTC) - started).total_seconds()

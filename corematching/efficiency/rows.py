@@ -38,6 +38,8 @@ class Protocol:
         Text tokens around the visual tokens of the prompt.
     ffn
         How chosen neurons are computed on a CPU, see :data:`corematching.engine.ways.WAYS`; "auto" measures.
+    batch
+        Prompts answered together, each with text and an image of its own; every size is measured apart.
     """
 
     output_tokens: tuple[int, ...] = (1, 32, 128)
@@ -46,13 +48,14 @@ class Protocol:
     before: int = 35
     after: int = 40
     ffn: str = "auto"
+    batch: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         if self.ffn not in WAYS:
             raise UserError(f"ffn={self.ffn!r} is not valid: choose from {', '.join(WAYS)}")
         if self.engine not in ENGINES:
             raise UserError(f"engine={self.engine!r} is not valid: choose from {', '.join(ENGINES)}")
-        counts = {"repeats": (self.repeats,), "output_tokens": self.output_tokens}
+        counts = {"repeats": (self.repeats,), "output_tokens": self.output_tokens, "batch": self.batch}
         for name, values in {**counts, "before": (self.before,), "after": (self.after,)}.items():
             if not values or any(
                 not isinstance(value, int) or isinstance(value, bool) or value < 1 for value in values
@@ -78,6 +81,11 @@ class Measured:
     def trace(self) -> SampleTrace:
         return self.pair.method[-1].trace
 
+    @property
+    def samples(self) -> tuple[SampleTrace, ...]:
+        """Traces of a batch, one per prompt."""
+        return self.pair.method[-1].samples
+
 
 def measure(
     model: Any, dense: Method, method: Method, inputs: dict[str, Tensor], protocol: Protocol, peaks: Peaks
@@ -93,7 +101,7 @@ def measure(
     here = this_machine(peaks, model.dtype, model.device)
     for tokens in protocol.output_tokens:
         row = measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype)
-        guess = predict(model.config, measured.trace, here, dtype_name(model.dtype), tokens)
+        guess = predict(model.config, measured.samples, here, dtype_name(model.dtype), tokens)
         row["predicted_over_measured"] = 1e3 * guess.end_to_end(tokens) / row["end_to_end_ms"]
         row["prefill_predicted_over_measured"] = 1e3 * guess.prefill / row["prefill_ms"]
         if tokens > 1:
@@ -110,10 +118,11 @@ def row_of(
     regime: str = "resident",
 ) -> dict[str, Any]:
     """One efficiency row: times in milliseconds (median; ``_iqr``: distance between the quartiles), memory in bytes."""
-    pair, sample = measured.pair, measured.trace
-    cost = flops(config, sample)
+    pair, samples, dense = measured.pair, measured.samples, measured.pair.dense[-1].samples
+    sample = measured.trace
+    cost = flops(config, samples)
     prefill = Spread.of([run.prefill for run in pair.method])
-    # Vision, projector, decoder over the prompt, one row of lm_head.
+    # Vision, projector, decoder over the prompt, one row of lm_head per prompt.
     work = cost.vision + cost.projector + cost.prefill + cost.lm_head / max(sample.head_positions, 1)
     rate = work / prefill.median
     choices = (tokens - 1 if sample.predictor_weights else 1) if tokens > 1 else 0
@@ -125,12 +134,14 @@ def row_of(
         "dense_engine": pair.dense[-1].engine,
         "repeats": len(pair.method),
         "prompt_tokens": sample.prompt_tokens,
+        "batch": len(samples),
         **_milliseconds("prefill_ms", prefill),
         **_milliseconds("end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.method])),
         **_milliseconds("dense_end_to_end_ms", Spread.of([run.end_to_end[tokens] for run in pair.dense])),
         **_milliseconds("overhead_ms", measured.overhead + measured.choice * choices),
         "peak_memory_bytes": max(run.peak_bytes for run in pair.method),
-        **_savings(config, sample, pair.dense[-1].trace, tokens),
+        **_savings(config, samples, dense, tokens),
+        **_ratio("tokens_per_s", Spread.of([len(samples) * tokens / run.end_to_end[tokens] for run in pair.method])),
         "prefill_tflop_per_s": rate / 1e12,
         "flops_share": rate / peaks.flops,
         **_ratio("paired_speedup", pair.speedup(tokens)),
@@ -138,8 +149,8 @@ def row_of(
     }
     if tokens > 1:
         element = torch.finfo(dtype).bits // 8
-        read = decode_bytes(config, sample, element, tokens - 1)
-        dense_read = decode_bytes(config, pair.dense[-1].trace, element, tokens - 1)
+        read = decode_bytes(config, samples, element, tokens - 1)
+        dense_read = decode_bytes(config, dense, element, tokens - 1)
         decode = Spread.of([_decode(run, tokens) for run in pair.method])
         row |= {
             **_milliseconds("decode_ms_per_token", decode),
@@ -203,10 +214,11 @@ def predicted_rows(
             "decode_ms_per_token": 1e3 * prediction.decode_per_token if tokens > 1 else None,
             "end_to_end_ms": 1e3 * prediction.end_to_end(tokens),
             "dense_end_to_end_ms": 1e3 * base.end_to_end(tokens),
+            "tokens_per_s": tokens / prediction.end_to_end(tokens),
             "paired_speedup": base.end_to_end(tokens) / prediction.end_to_end(tokens),
             "paired_prefill_speedup": base.prefill / prediction.prefill,
             "paired_decode_speedup": base.decode_per_token / prediction.decode_per_token if tokens > 1 else None,
-            **_savings(whole, sample, dense, tokens),
+            **_savings(whole, [sample], [dense], tokens),
             "peak_memory_bytes": prediction.resident_bytes,
             "streamed_bytes_per_token": prediction.streamed_per_token,
             **({"from_layers": traced} if traced < len(sample.llm_tokens) else {}),
@@ -214,15 +226,13 @@ def predicted_rows(
     return Predicted(whole, sample, rows)
 
 
-def _savings(config: Any, sample: SampleTrace, dense: SampleTrace, tokens: int) -> dict[str, float]:
-    """What an answer of so many tokens costs without a clock: FLOPs and KV bytes, and dense's over them."""
-    own, base = (flops(config, one.stopped_after(tokens - 1)).total for one in (sample, dense))
-    return {
-        "flops": own,
-        "flops_ratio": base / own,
-        "kv_bytes": sample.kv_bytes,
-        "kv_ratio": dense.kv_bytes / sample.kv_bytes,
-    }
+def _savings(
+    config: Any, samples: Sequence[SampleTrace], dense: Sequence[SampleTrace], tokens: int
+) -> dict[str, float]:
+    """What answers of so many tokens cost without a clock: FLOPs and KV bytes, and dense's over them."""
+    own, base = (flops(config, [one.stopped_after(tokens - 1) for one in batch]).total for batch in (samples, dense))
+    rows, dense_rows = (sum(one.kv_bytes for one in batch) for batch in (samples, dense))
+    return {"flops": own, "flops_ratio": base / own, "kv_bytes": rows, "kv_ratio": dense_rows / rows}
 
 
 def _decode(run: Run, tokens: int) -> float:

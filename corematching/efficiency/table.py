@@ -9,11 +9,12 @@ from corematching.results.columns import EFFICIENCY, SPEEDUP, Quantity
 from corematching.results.order import line_order
 from corematching.results.table import HOLE, KEEP, METHOD, RunColumn, RunTable
 from corematching.results.terminal import show
-from corematching.results.timing import dense_is_off, engines_note, noise_warning, prediction_note
+from corematching.results.timing import batch_note, dense_is_off, engines_note, noise_warning, prediction_note
 
 NOTES = (
     "Medians ± half the distance between the quartiles; speed-up: dense time over the method's, end to end, of pairs of"
     " neighbouring runs.",
+    "Prefill is the time to the first token. Batches: times are of all their prompts together, tokens/s counts all.",
     "The dense row is dense timed against itself: what it is off 1 by is noise.",
     "% of GB/s, % of FLOP/s: of this machine's measured bandwidth and matrix product rate.",
     "Dense: same process, same kernels.",
@@ -27,7 +28,7 @@ PREDICTED = (
 
 
 def run_table(records: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) -> RunTable:
-    """One row per record, ordered by regime and output length, then as every table is.
+    """One row per record, ordered by regime, batch size and output length, then as every table is.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ def run_table(records: Sequence[Mapping[str, Any]], told: Sequence[str] = ()) ->
         Notes to begin with.
     """
     kinds = list(dict.fromkeys(_setting(record) for record in records))
-    kinds.sort(key=lambda kind: (kind[0] != "resident", kind[0], kind[1]))
+    kinds.sort(key=lambda kind: (kind[0] != "resident", kind))
     ordered = sorted(records, key=lambda one: line_order(one["config"]["method"]["name"], one["labels"]["keep"]))
     shown = [what for what in EFFICIENCY if any(record["bench"].get(what.key) is not None for record in records)]
     rows = [_cells(record, shown) for kind in kinds for record in ordered if _setting(record) == kind]
@@ -65,10 +66,12 @@ def print_rows(table: RunTable) -> None:
 def _warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """One line per setting in which dense timed against itself is off by more than its noise allows."""
     return [
-        noise_warning(f"{where}, {tokens} output tokens", bench[SPEEDUP.key], bench.get(f"{SPEEDUP.key}_iqr"))
+        noise_warning(
+            f"{where}{batch_note(batch)}, {tokens} output tokens", bench[SPEEDUP.key], bench.get(f"{SPEEDUP.key}_iqr")
+        )
         for record in records
         if record["config"]["method"]["name"] == "dense"
-        for bench, (where, tokens) in [(record["bench"], _setting(record))]
+        for bench, (where, batch, tokens) in [(record["bench"], _setting(record))]
         if dense_is_off(bench.get(SPEEDUP.key), bench.get(f"{SPEEDUP.key}_iqr"))
     ]
 
@@ -84,7 +87,7 @@ def _origins(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"Measured on: {machine}." for machine in machines]
 
 
-def _setting(record: Mapping[str, Any]) -> tuple[str, int]:
+def _setting(record: Mapping[str, Any]) -> tuple[str, int, int]:
     bench = record["bench"]
     where = bench["regime"]
     if bench["predicted"]:
@@ -92,14 +95,14 @@ def _setting(record: Mapping[str, Any]) -> tuple[str, int]:
         where = ", ".join((*filter(None, words), prediction_note(bench.get("from_layers"))))
     else:
         where += engines_note(bench.get("engine"), bench.get("dense_engine"))
-    return where, bench["output_tokens"]
+    return where, int(bench.get("batch") or 1), bench["output_tokens"]
 
 
 def _cells(record: Mapping[str, Any], shown: Sequence[Quantity]) -> tuple[str, ...]:
     bench, labels = record["bench"], record["labels"]
-    where, tokens = _setting(record)
+    where, batch, tokens = _setting(record)
     keep = HOLE if labels["keep"] is None else str(labels["keep"])
-    return labels["method"], keep, where, str(tokens), *(_text(bench, what) for what in shown)
+    return labels["method"], keep, where + batch_note(batch), str(tokens), *(_text(bench, what) for what in shown)
 
 
 def _text(bench: Mapping[str, Any], what: Quantity) -> str:

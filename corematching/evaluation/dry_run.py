@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,28 +103,37 @@ def _prediction_lines(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _efficiency_lines(settings: Mapping[str, Any]) -> Iterator[str]:
     folder, rows = asks.folder_of(settings), method_rows(settings)
-    lengths = list(dict.fromkeys(settings["efficiency"]["output_tokens"]))
+    lengths, batches = (list(dict.fromkeys(settings["efficiency"][name])) for name in ("output_tokens", "batch"))
     store = Store(folder) if (folder / "cells").is_dir() else None
     stored = {
-        (record["labels"]["method"], record["labels"]["keep"], record["bench"]["output_tokens"])
+        (record["labels"]["method"], record["labels"]["keep"], *_size(record["bench"]))
         for record in (store.records() if store else ())
         if record["status"] == "done" and record.get("bench") and not record["bench"]["predicted"]
     }
-    pending = [row for row in rows if any((row.label, row.keep, length) not in stored for length in lengths)]
-    yield f"{folder.name}: {len(rows)} methods at {len(lengths)} output lengths, {len(pending)} to measure -> {folder}"
+    sizes = [(batch, length) for batch in batches for length in lengths]
+    pending = [row for row in rows if any((row.label, row.keep, *one) not in stored for one in sizes)]
+    at = f"{len(lengths)} output lengths" + ("" if batches == [1] else f" and {len(batches)} batch sizes")
+    yield f"{folder.name}: {len(rows)} methods at {at}, {len(pending)} to measure -> {folder}"
     forecast = Forecast.of({**settings, "batch_size": 1})
     if forecast.shapes is not None:
         pairs = settings["efficiency"]["repeats"] + 1  # one warm-up
         seconds = 0.0
         for row in pending:
             by_layer = forecast.tokens_by_layer({"name": row.method, **row.parameters})
-            seconds += 2 * pairs * forecast.answer_seconds(by_layer, max(lengths))
+            for batch in batches:
+                together = replace(forecast, batch_size=batch)
+                seconds += 2 * pairs * batch * together.answer_seconds(by_layer, max(lengths))
         yield f"time: {_time(seconds)} or more (roofline of {forecast.source}; dense and method by turns)"
     yield f"memory: {_memory(forecast)}"
-    space = len(pending) * len(lengths) * _CELL_BYTES + _PAGE_BYTES
+    space = len(pending) * len(sizes) * _CELL_BYTES + _PAGE_BYTES
     yield f"disk: about {_bytes(space)} of results; {_bytes(_free(folder))} free"
     if settings["model"]["weights"] != "random" and (model := _model_download(settings)):
         yield f"to download: {model}"
+
+
+def _size(bench: Mapping[str, Any]) -> tuple[int, int]:
+    """Batch size and output length of a row."""
+    return int(bench.get("batch") or 1), bench["output_tokens"]
 
 
 def _basis(forecast: Forecast, experiment: Experiment) -> str:

@@ -267,6 +267,7 @@ class Efficiency(Part):
     repeats: Count
     engine: Annotated[str, OneOf("engine", lambda: ("eager", "compiled"))]
     ffn: Annotated[str, OneOf("ffn", lambda: ("auto", "native", "in_place", "gathered", "masked"))]
+    batch: Annotated[list[Count], OneOrMany, Field(min_length=1), Worded("whole numbers of at least 1")]
     before: Count
     after: Count
 

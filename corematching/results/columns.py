@@ -73,6 +73,7 @@ TIMES = (
     Quantity("decode_ms_per_token", "decode ms/token", "decode", digits=2, better="lower"),
     Quantity("end_to_end_ms", "end to end ms", "all ms", better="lower"),
 )
+RATE = Quantity("tokens_per_s", "tokens/s", "tok/s", digits=1, better="higher")
 SPEEDUP = Quantity("paired_speedup", "speed-up", "speedup", digits=2, better="higher")
 PREFILL_SPEEDUP = Quantity("paired_prefill_speedup", "prefill speed-up", "pre x", digits=2, better="higher")
 DECODE_SPEEDUP = Quantity("paired_decode_speedup", "decode speed-up", "dec x", digits=2, better="higher")
@@ -80,6 +81,7 @@ FLOPS_RATIO = Quantity("flops_ratio", "FLOPs, dense / own", "FLOPs x", digits=2,
 KV_RATIO = Quantity("kv_ratio", "KV, dense / own", "KV x", digits=2, better="higher")
 EFFICIENCY = (
     *TIMES,
+    RATE,
     SPEEDUP,
     PREFILL_SPEEDUP,
     DECODE_SPEEDUP,

@@ -9,10 +9,10 @@ import pandas as pd
 from corematching.results.columns import EFFICIENCY, SPEEDUP, Quantity
 from corematching.results.order import line_order
 from corematching.results.tables import BUNDLED_TIMES, Column, Entry, Row, Table, budget, mark, quantity, word
-from corematching.results.timing import dense_is_off, engines_note, noise_warning, prediction_note
+from corematching.results.timing import batch_note, dense_is_off, engines_note, noise_warning, prediction_note
 
 #: What must be equal for two rows to be compared.
-SETTING = ["model", "device", "regime", "output_tokens", "predicted", "dense_engine", "dtype", "prompt_tokens"]
+SETTING = ["model", "device", "regime", "output_tokens", "predicted", "dense_engine", "dtype", "prompt_tokens", "batch"]
 
 
 def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
@@ -35,6 +35,7 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
         "engine",
         "from_layers",
         "prompt_tokens",
+        "batch",
         "repeats",
         "streamed_bytes_per_token",
         *(what.key for what in EFFICIENCY if what.key != "repeats"),
@@ -55,6 +56,7 @@ def efficiency_rows(cells: pd.DataFrame) -> pd.DataFrame:
     for name in fields[6:]:
         rows[name] = pd.to_numeric(rows[name], errors="coerce")
     rows["prompt_tokens"] = rows["prompt_tokens"].fillna(0).astype(int)
+    rows["batch"] = rows["batch"].fillna(1).astype(int)
     planned = pd.Series([bench.get("dtype") for bench in chosen["bench"]], index=rows.index, dtype=object)
     rows["dtype"] = planned.where(planned.notna(), rows["dtype"])  # a card is planned with its own type
     rows["dtype"] = rows["dtype"].where(rows["dtype"].notna(), "")
@@ -82,7 +84,7 @@ def setting_title(row: pd.Series) -> str:
     words = [row["model"], row["device"], *([row["dtype"]] if row["dtype"] else []), row["regime"]]
     if row["predicted"] is True:
         words.append(prediction_note(row["from_layers"]))
-    return ", ".join(map(str, words)) + f", {row['output_tokens']} output tokens"
+    return ", ".join(map(str, words)) + f"{batch_note(row['batch'])}, {row['output_tokens']} output tokens"
 
 
 def hardware_table(rows: pd.DataFrame) -> Table | None:
@@ -97,7 +99,7 @@ def hardware_table(rows: pd.DataFrame) -> Table | None:
         entries = [
             word(row["model"]),
             word(row["device"]),
-            word(f"{row['regime']}{predicted}{engines_note(row['engine'], row['dense_engine'])}"),
+            word(f"{row['regime']}{batch_note(row['batch'])}{predicted}{engines_note(row['engine'], row['dense_engine'])}"),
             word("?" if row["output_tokens"] is None else row["output_tokens"]),
             word(row["method"]),
             word(budget(row["keep"])),
@@ -140,7 +142,7 @@ def unsteady_settings(rows: pd.DataFrame) -> dict[tuple[str, ...], tuple[float, 
 
 
 def _order(row: pd.Series) -> tuple:
-    setting = (*(str(row[name]) for name in SETTING[:3]), row["output_tokens"] or 0)
+    setting = (*(str(row[name]) for name in SETTING[:3]), row["batch"], row["output_tokens"] or 0)
     return (*setting, *line_order(row["method_name"], row["keep"]), row["place"], row["method"])
 
 

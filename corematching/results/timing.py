@@ -13,6 +13,11 @@ def prediction_note(from_layers: float | None) -> str:
     return "predicted" + (f" from {from_layers:.0f} layers" if from_layers and from_layers > 0 else "")
 
 
+def batch_note(batch: float | None) -> str:
+    """How a row of several prompts answered together is marked; empty for a single one."""
+    return f", batch {batch:.0f}" if batch and batch > 1 else ""
+
+
 def engines_note(engine: str | None, dense_engine: str | None) -> str:
     """How a row is marked whose dense runs decoded with another engine; empty if they did not."""
     different = engine and dense_engine and engine != dense_engine

@@ -53,7 +53,7 @@ def _latencies(cells: pd.DataFrame, efficiency: pd.DataFrame | None) -> Mapping[
     if efficiency is None or not len(efficiency):
         return {}
     measured = (efficiency["regime"] == "resident") & (efficiency["predicted"] != True)  # noqa: E712 (a column)
-    same = efficiency[efficiency["model"].isin(cells["model"]) & measured]
+    same = efficiency[efficiency["model"].isin(cells["model"]) & measured & (efficiency["batch"] == 1)]
     longest = same[same["output_tokens"] == same["output_tokens"].max()]
     keys = zip(longest["method"], map(budget, longest["keep"]), strict=True)
     return dict(zip(keys, longest["end_to_end_ms"], strict=True))
