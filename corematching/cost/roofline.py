@@ -107,7 +107,7 @@ def decode_bytes(config: Any, sample: SampleTrace | Sequence[SampleTrace], eleme
     """
     samples = [sample] if isinstance(sample, SampleTrace) else list(sample)
     weights = max(_weights_read(config, one, steps) for one in samples)
-    return weights * element + sum(_rows_read(one, steps) for one in samples)
+    return weights * element + sum(kv_bytes_read(one, steps) for one in samples)
 
 
 def _weights_read(config: Any, sample: SampleTrace, steps: int) -> float:
@@ -119,7 +119,7 @@ def _weights_read(config: Any, sample: SampleTrace, steps: int) -> float:
     return weights
 
 
-def _rows_read(sample: SampleTrace, steps: int) -> float:
+def kv_bytes_read(sample: SampleTrace, steps: int) -> float:
     """Bytes of KV rows that a decode step of one prompt reads, and what choosing them reads."""
     row = sample.dense_kv_bytes / ((sample.past_tokens + sample.prompt_tokens) * len(sample.llm_tokens))
     rows = 0.0

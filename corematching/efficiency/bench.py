@@ -23,6 +23,7 @@ from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import Hardware
 from corematching.efficiency.ffn_ways import measured_ways
 from corematching.efficiency.inputs import fixed_batch
+from corematching.efficiency.kernels import calibration_of
 from corematching.efficiency.offloaded import measure_offloaded
 from corematching.efficiency.peaks import measure_peaks
 from corematching.efficiency.rows import Measured, Protocol, measure, predicted_rows
@@ -207,6 +208,7 @@ class Bench:
             f"  measured peaks: copy {self.peaks.copy_bandwidth / 1e9:.1f} GB/s, "
             f"read {self.peaks.read_bandwidth / 1e9:.1f} GB/s, matrix product {self.peaks.flops / 1e12:.3g} TFLOP/s"
         )
+        self.known = calibration_of(self.model)
         depth = geometry.depth
         if depth < (chosen["layers"] or depth):
             print(f"  {depth} of {chosen['layers']} decoder layers: measured times are of the slice")
@@ -227,7 +229,7 @@ class Bench:
                 if not single and self._are_done(self.resident_cells(row, batch)):
                     continue
                 inputs = self._prompts(batch)
-                resident = measure(self.model, self.dense, method, inputs, protocol, self.peaks)
+                resident = measure(self.model, self.dense, method, inputs, protocol, self.peaks, self.known)
                 self._write(row, resident, started, batch=batch)
                 for card in self.elsewhere if single else ():
                     if self.on_gpu:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corematching.cost.calibration import Calibration, calibrated
 from corematching.cost.flops import flops
 from corematching.cost.hardware import dtype_name, this_machine
-from corematching.cost.roofline import Hardware, at_depth, decode_bytes, in_dtype, predict
+from corematching.cost.roofline import Hardware, Prediction, at_depth, decode_bytes, in_dtype, predict
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
 from corematching.efficiency.peaks import Peaks
 from corematching.engine.compiled import ENGINES
@@ -88,9 +89,21 @@ class Measured:
 
 
 def measure(
-    model: Any, dense: Method, method: Method, inputs: dict[str, Tensor], protocol: Protocol, peaks: Peaks
+    model: Any,
+    dense: Method,
+    method: Method,
+    inputs: dict[str, Tensor],
+    protocol: Protocol,
+    peaks: Peaks,
+    known: Calibration | None = None,
 ) -> Measured:
-    """Time a method (or dense itself) with everything resident, and hold the roofline model's word against it."""
+    """Time a method (or dense itself) with everything resident, and hold predictions against it.
+
+    Parameters
+    ----------
+    known
+        What kernels of the model's shapes take here, for a second prediction beside the roofline model's.
+    """
     lengths, repeats = protocol.output_tokens, protocol.repeats
     pair = in_turns(model, dense, method, inputs, lengths, repeats, protocol.engine, protocol.ffn)
     measured = Measured(pair, Spread(0.0, 0.0))
@@ -102,11 +115,24 @@ def measure(
     for tokens in protocol.output_tokens:
         row = measured.rows[tokens] = row_of(model.config, measured, tokens, peaks, model.dtype)
         guess = predict(model.config, measured.samples, here, dtype_name(model.dtype), tokens)
-        row["predicted_over_measured"] = 1e3 * guess.end_to_end(tokens) / row["end_to_end_ms"]
-        row["prefill_predicted_over_measured"] = 1e3 * guess.prefill / row["prefill_ms"]
-        if tokens > 1:
-            row["decode_predicted_over_measured"] = 1e3 * guess.decode_per_token / row["decode_ms_per_token"]
+        row |= _errors("predicted", guess, row, tokens)
+        if known is not None:
+            deciding = measured.overhead.median
+            decisions = deciding, row["overhead_ms"] / 1e3 - deciding
+            second = calibrated(model.config, measured.samples, known, model.dtype.itemsize, tokens, decisions)
+            row |= _errors("calibrated", second, row, tokens)
     return measured
+
+
+def _errors(name: str, guess: Prediction, row: dict[str, Any], tokens: int) -> dict[str, float]:
+    """A prediction's times over a row's measured ones."""
+    errors = {
+        f"{name}_over_measured": 1e3 * guess.end_to_end(tokens) / row["end_to_end_ms"],
+        f"prefill_{name}_over_measured": 1e3 * guess.prefill / row["prefill_ms"],
+    }
+    if tokens > 1:
+        errors[f"decode_{name}_over_measured"] = 1e3 * guess.decode_per_token / row["decode_ms_per_token"]
+    return errors
 
 
 def row_of(

@@ -20,6 +20,7 @@ NOTES = (
     "Dense: same process, same kernels.",
     "peak GB: tensors allocated on a GPU; on a CPU the whole process, memory freed but kept for reuse included.",
     "predicted / measured: the roofline model's time for this machine over the measured one.",
+    "calibrated / measured: the same with what a few kernels of the model's shapes, measured here, take.",
 )
 PREDICTED = (
     "Rows marked predicted come from the roofline model with public peak figures; nothing was run there. Their ratios"

@@ -98,6 +98,9 @@ EFFICIENCY = (
     Quantity("predicted_over_measured", "predicted / measured", "pred/meas", digits=2),
     Quantity("prefill_predicted_over_measured", "of prefill", "pre", digits=2),
     Quantity("decode_predicted_over_measured", "of decode", "dec", digits=2),
+    Quantity("calibrated_over_measured", "calibrated / measured", "cal/meas", digits=2),
+    Quantity("prefill_calibrated_over_measured", "of prefill", "pre", digits=2),
+    Quantity("decode_calibrated_over_measured", "of decode", "dec", digits=2),
     Quantity("repeats", "pairs", digits=0),
 )
 
