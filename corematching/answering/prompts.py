@@ -120,9 +120,10 @@ class Prompts:
         keys = self.pictures.keys()
         pairs = list(zip(self.questions, keys, strict=True))
         texts = [self._rendered(question, len(own)) for question, own in pairs]
+        visual = {own: self.encoder.tokens(self.pictures.sizes(own)) for own in set(keys)}
         lengths = [len(ids) for ids in self.processor.tokenizer(texts).input_ids] if texts else []
         return [
-            Asked(repr(sorted(question.settings.items())), own, length + self.encoder.tokens(self.pictures.sizes(own)))
+            Asked(repr(sorted(question.settings.items())), own, length + visual[own])
             for (question, own), length in zip(pairs, lengths, strict=True)
         ]
 

@@ -31,6 +31,8 @@ from corematching.benchmarks.spec import ROW, Benchmark, ImageTable, Part, Promp
 from corematching.errors import UserError
 
 _STOCK_TASKS = Path(lmms.tasks.__file__).parent
+_DECODED = 64
+"""Images of a table apart from the questions that stay decoded."""
 
 
 class BenchmarkTask(lmms.ConfigurableTask):
@@ -184,7 +186,12 @@ def _image_lookup(benchmark: Benchmark, table: ImageTable, root: Path, rows: Che
     for number, key in zip(rows[ROW], rows[table.key]):
         if key not in row_of:
             raise UserError(f"{rows.where}, row {number}, column {table.key}: there is no image {key!r}")
-    return lambda doc: [images[row_of[doc[table.key]]][table.column].convert("RGB")]
+
+    @functools.lru_cache(maxsize=_DECODED)  # questions about one image mostly stand together
+    def decoded(row: int) -> Any:
+        return images[row][table.column]
+
+    return lambda doc: [decoded(row_of[doc[table.key]]).convert("RGB")]
 
 
 def _score_by_rules(config: dict[str, Any]) -> None:

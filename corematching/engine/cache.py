@@ -106,11 +106,19 @@ class TracedLayer(DynamicLayer):
             return self._append(key_states, value_states)
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def hold(self, keys: Tensor, values: Tensor, rows: int) -> None:
+        """Take over the first ``rows`` rows of tensors with room for more, and write decoded ones behind them.
+
+        Others may hold the same rows: what stands behind them belongs to whoever decodes now.
+        """
+        self.keys, self.values = keys[:, :, :rows], values[:, :, :rows]
+        self._room, self.roomy = (keys, values, self.keys), True
+
     def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         rows = self.rows
         if self._room is None or self._room[2] is not self.keys or rows == self._room[0].shape[2]:
             with torch.inference_mode(False), torch.no_grad():
-                room = rows + max(rows // SPARE, LEAST_SPARE)
+                room = with_spare(rows)
                 keys, values = (part.new_empty(*part.shape[:2], room, part.shape[3]) for part in (key, value))
                 keys[:, :, :rows].copy_(self.keys)  # type: ignore[arg-type]
                 values[:, :, :rows].copy_(self.values)  # type: ignore[arg-type]
@@ -159,6 +167,11 @@ class TracedLayer(DynamicLayer):
     def _passed_on(self, rows: Tensor) -> None:
         if self.first:
             self.talk.take(rows)
+
+
+def with_spare(rows: int) -> int:
+    """Room that a roomy layer takes for so many rows."""
+    return rows + max(rows // SPARE, LEAST_SPARE)
 
 
 class Rows:

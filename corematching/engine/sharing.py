@@ -13,6 +13,7 @@ still begin alike only if they kept the same tokens, which is looked at, not dec
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from corematching.engine.cache import Rows
+from corematching.engine.cache import Rows, with_spare
 from corematching.engine.layout import Layout, Stream
 from corematching.engine.state import PromptState
 from corematching.engine.vision import Remembered, TowerRun, remembered_tower, run_tower
@@ -45,7 +46,7 @@ class LayerOutput:
 
     hidden: Parts
     keys: Tensor
-    """[B, H_kv, n, hd], whole rows in batch order."""
+    """[B, H_kv, > n, hd], whole rows in batch order, and room for decoded ones."""
     values: Tensor
     notes: dict[str, Parts]
     """Signals that hooks noted in this layer: "activations", "attended"."""
@@ -288,8 +289,8 @@ class SharedRun:
         for name in session.notes_at(index):
             getattr(session, name)[index] = self.whole(output.notes[name])
         cache.update(output.keys[:, :, :0], output.values[:, :, :0], index)
-        # By reference: cache layers replace their tensors when they grow, they never write into them.
-        cache.layers[index].keys, cache.layers[index].values = output.keys, output.values
+        # By reference: of the tokens here cache layers only ever replace rows, they write behind them.
+        cache.layers[index].hold(output.keys, output.values, self.width)
         entered = self.whole(self.entered) if session.looks_at(index) else self.entered.end
         return entered, self.hidden.end
 
@@ -332,21 +333,26 @@ class SharedRun:
     def _split(self, hidden: Tensor) -> Parts:
         return Parts(self._beginning(hidden), hidden[:, self.width - max(self.ends) :])
 
-    def whole(self, parts: Parts, dim: int = 1) -> Tensor:
-        """Rows in batch order, [G, P, ...] and [B, S, ...] -> [B, n, ...] with tokens along ``dim``."""
+    def whole(self, parts: Parts, dim: int = 1, room: int | None = None) -> Tensor:
+        """Rows in batch order, [G, P, ...] and [B, S, ...] -> [B, n, ...] with tokens along ``dim``.
+
+        With ``room``, so many places along ``dim``; those from n on are left as they are.
+        """
         begin, end = parts.begin.movedim(dim, 1), parts.end.movedim(dim, 1)
         shape = list(parts.end.shape)
-        shape[dim] = self.width
+        shape[dim] = room or self.width
         out = parts.end.new_empty(shape)
         rows = out.movedim(dim, 1)
         longest, most = begin.shape[1], end.shape[1]
-        for row, (group, own) in enumerate(zip(self.sharing.groups, self.ends, strict=True)):
+        numbered = enumerate(zip(self.sharing.groups, self.ends, strict=True))
+        for (group, own), run in itertools.groupby(numbered, key=lambda row: row[1]):
+            first, *more = (number for number, _ in run)
+            same = slice(first, first + len(more) + 1)  # one copy for neighbours of one group and length
             length = self.begins[group]
             start = self.width - own - length
-            rows[row, start : start + length] = begin[group, longest - length :]
-            rows[row, self.width - own :] = end[row, most - own :]
-            if start:
-                rows[row, :start] = 0
+            rows[same, start : start + length] = begin[group, longest - length :]
+            rows[same, self.width - own : self.width] = end[same, most - own :]
+            rows[same, :start] = 0
         return out
 
     def followed_by(self, layout: Layout, hidden: Tensor) -> SharedRun | None:
@@ -382,7 +388,7 @@ class _Collect:
 
 
 class _Join:
-    """Stands in for a KV cache that holds the beginnings already: notes keys and values of whole rows."""
+    """Stands in for a KV cache that holds the beginnings already: notes keys and values of whole rows, with room."""
 
     keys: Tensor
     values: Tensor
@@ -391,6 +397,7 @@ class _Join:
         self.run, self.begin = run, begin
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys = self.run.whole(Parts(self.begin.keys, keys), dim=2)
-        self.values = self.run.whole(Parts(self.begin.values, values), dim=2)
-        return self.keys, self.values
+        width = self.run.width
+        self.keys = self.run.whole(Parts(self.begin.keys, keys), 2, with_spare(width))
+        self.values = self.run.whole(Parts(self.begin.values, values), 2, with_spare(width))
+        return self.keys[:, :, :width], self.values[:, :, :width]
