@@ -95,7 +95,8 @@ class Unfinished(Exception):
 def job(config: DictConfig) -> None:
     """One run, as Hydra calls it: here, or where a launcher has submitted it."""
     chosen = HydraConfig.get()
-    words = [word for word in chosen.overrides.task if not word.startswith("hydra")]
+    given: Any = OmegaConf.to_container(chosen.overrides.task, resolve=False)  # a word may hold a ${...} of its own
+    words = [word for word in given if not word.startswith("hydra")]
     status = run(config, chosen.runtime.choices, words)
     if chosen.mode != RunMode.MULTIRUN:
         raise SystemExit(status)

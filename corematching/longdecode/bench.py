@@ -189,6 +189,10 @@ class Reader:
             self._spoken[images, number] = inputs, dense_answer(model, inputs, self.tokens)
         return self._spoken[images, number]
 
+    def answered(self, cell: Cell) -> bool:
+        """Never: cells of this road are computed one at a time."""
+        return False
+
     def evaluate(self, cell: Cell, on_progress: Callable[[int, int], None]) -> tuple[dict[str, Any], pd.DataFrame]:
         """Run one cell; returns what its record holds of results, and one row per decoded token."""
         (model, _), method, dense = self.loaded(), build(cell), cm.build_method("dense")

@@ -163,6 +163,10 @@ class Reader:
             self._loaded = model, windows
         return self._loaded
 
+    def answered(self, cell: Cell) -> bool:
+        """Never: cells of this road are computed one at a time."""
+        return False
+
     def evaluate(self, cell: Cell, on_progress: Callable[[int, int], None]) -> tuple[dict[str, Any], pd.DataFrame]:
         """Run one cell; returns what its record holds of results, and one row per decoded token."""
         (model, windows), method, found = self.loaded(), build(cell), []
