@@ -95,6 +95,7 @@ def test_without_the_extra_one_line_says_what_to_install(words, tmp_path, monkey
     assert "pip install 'corematching-bench[ray]'" in line
 
 
+@pytest.mark.slow
 def test_two_nodes_give_the_bytes_of_one_process(words, cluster, tmp_path, capsys):
     words = [*words, "benchmarks=[gqa]"]
     assert cli.main([*words, f"results_dir={tmp_path / 'local'}"]) == 0
@@ -103,6 +104,7 @@ def test_two_nodes_give_the_bytes_of_one_process(words, cluster, tmp_path, capsy
     assert "2 workers on Ray, CPU only each" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_named_and_changes_nothing(quick, cluster, tmp_path, monkeypatch, capsys):
     words, expected = quick
     killed, send = [], on_ray.Fleet._send
