@@ -139,7 +139,8 @@ def _time(work: Callable[[], Any], device: torch.device) -> float:
 
 def _chosen(model: Any, read: float) -> float:
     """Bytes per second over chosen neurons, as they are computed here; the plain read rate where nothing is sliced."""
-    mlp = family_of(model.config).decoder(model).layers[0].mlp  # type: ignore[attr-defined]
+    decoder: Any = family_of(model.config).decoder(model)
+    mlp = decoder.layers[0].mlp
     if model.device.type != "cpu" or not sliceable(mlp):
         return read
     count = max(1, round(len(mlp.gate_proj.weight) * KEEP))

@@ -118,8 +118,8 @@ def measure(
         row |= _errors("predicted", guess, row, tokens)
         if known is not None:
             deciding = measured.overhead.median
-            decisions = deciding, row["overhead_ms"] / 1e3 - deciding
-            second = calibrated(model.config, measured.samples, known, model.dtype.itemsize, tokens, decisions)
+            deciding_parts = deciding, row["overhead_ms"] / 1e3 - deciding
+            second = calibrated(model.config, measured.samples, known, model.dtype.itemsize, tokens, deciding_parts)
             row |= _errors("calibrated", second, row, tokens)
     return measured
 

@@ -145,7 +145,8 @@ def _origin(record: Mapping[str, Any], experiment: Experiment) -> Iterator[str]:
     here = model_identity(experiment.settings["model"])["revision"]
     if here != config["model"]["revision"]:
         yield f"weights: {config['model']['revision']} then, {here} now"
-    then, now = config.get("files", {}), provenance.method_files(config["method"])
+    then: dict[str, Any] = config.get("files", {})
+    now: dict[str, Any] = dict(provenance.method_files(config["method"]))
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             yield f"{name}: {then.get(name)} then, {now.get(name)} now"

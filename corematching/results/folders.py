@@ -182,10 +182,13 @@ def _difference(results: Results, one: dict[str, Any], other: dict[str, Any]) ->
 
 def _changed(results: Results, one: dict[str, Any], other: dict[str, Any]) -> float:
     """Per cent of the questions whose answers read differently; NaN where they cannot be read."""
-    tables = [results.samples(cell["folder"], ["doc_id", "prediction"]) for cell in (one, other)]
-    if any(table is None for table in tables):
-        return math.nan
-    first, second = (dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True)) for table in tables)
+    answers: list[dict[Any, Any]] = []
+    for cell in (one, other):
+        table = results.samples(cell["folder"], ["doc_id", "prediction"])
+        if table is None:
+            return math.nan
+        answers.append(dict(zip(table["doc_id"].to_pylist(), table["prediction"].to_pylist(), strict=True)))
+    first, second = answers
     return 100 * sum(answer != second[question] for question, answer in first.items()) / max(len(first), 1)
 
 
