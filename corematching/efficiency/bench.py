@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from corematching import build_method, compose, load_model
+from corematching import build_method, compose
 from corematching.cost.hardware import THIS
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import Hardware
@@ -35,6 +35,7 @@ from corematching.evaluation import asks, provenance
 from corematching.evaluation.attempt import begun
 from corematching.evaluation.banner import banner, small_note
 from corematching.evaluation.cells import Cell
+from corematching.evaluation.chosen import config_of, load_chosen, place_of
 from corematching.evaluation.experiment import (
     Row,
     forced_since,
@@ -48,7 +49,7 @@ from corematching.evaluation.records import describe, new_record
 from corematching.evaluation.settings import read_settings
 from corematching.methods.base import Method
 from corematching.models.families import family_of
-from corematching.models.loading import load_config, model_path
+from corematching.models.loading import model_path
 from corematching.results import remote
 from corematching.results.manifest import Manifest
 from corematching.results.store import Store
@@ -119,13 +120,8 @@ class Bench:
     def _checked_methods(self) -> dict[Row, Method]:
         """Every row's method; refuses, before anything is written, what does not fit the model."""
         chosen, methods = self.settings["model"], {row: method_of(row) for row in self.rows}
-        config = load_config(self._model_name(), chosen["weights"], chosen["num_layers"], chosen["revision"])
-        check_methods(methods.values(), config, model_path(self._model_name()))
+        check_methods(methods.values(), config_of(chosen), model_path(place_of(chosen)))
         return methods
-
-    def _model_name(self) -> str:
-        chosen = self.settings["model"]
-        return chosen["name"] if chosen["weights"] == "random" else chosen["path"]
 
     # ------------------------------------------------------------------------------------------------------- cells
     def cell(
@@ -192,15 +188,7 @@ class Bench:
         """Load the model, measure the machine's peaks and the ways of computing chosen neurons."""
         keep_freed_memory()
         chosen = self.settings["model"]
-        self.model, _ = load_model(
-            self._model_name(),
-            weights=chosen["weights"],
-            dtype=self.identity["dtype"],
-            device=None if chosen["device"] == "auto" else chosen["device"],
-            num_layers=chosen["num_layers"],
-            revision=chosen["revision"],
-            seed=self.settings["seed"],
-        )
+        self.model, _ = load_chosen(chosen, self.identity["dtype"], self.settings["seed"])
         geometry = family_of(self.model.config).geometry(self.model.config)
         self.dense = build_method("dense")
         self.peaks = measure_peaks(self.model.device, self.model.dtype)

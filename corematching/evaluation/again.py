@@ -85,7 +85,7 @@ def _prepared(cell: Cell, made: Mapping[str, Any]) -> tuple[Experiment, Any]:
         from corematching.perplexity.text import read_text
 
         experiment = Experiment("again", Path(), (cell,), (), (), data, settings)
-        return experiment, Reader(settings, read_text(settings["text"]))
+        return experiment, Reader(experiment, read_text(settings["text"]))
     from corematching.evaluation.evaluator import Evaluator  # torch and transformers, seconds to import
 
     experiment = Experiment("again", Path(), (cell,), (), (load_benchmark(benchmark["name"]),), data, settings)

@@ -8,7 +8,7 @@ decoded token, its score whether the likeliest token is dense's, its clustering 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -17,24 +17,10 @@ from omegaconf import DictConfig
 
 import corematching as cm
 from corematching.answering.generator import Answer
-from corematching.benchmarks import load_source
-from corematching.engine.preflight import check_methods
-from corematching.errors import UserError
-from corematching.evaluation import asks, provenance
-from corematching.evaluation.attempt import attempt, finished
-from corematching.evaluation.banner import banner, small_note
+from corematching.evaluation import one_by_one, provenance
 from corematching.evaluation.cells import Cell
 from corematching.evaluation.evaluator import build
-from corematching.evaluation.experiment import (
-    Experiment,
-    forced_since,
-    method_identity,
-    method_rows,
-    model_identity,
-    model_label,
-)
-from corematching.evaluation.progress import Reporter
-from corematching.evaluation.publishing import publish_run
+from corematching.evaluation.experiment import Experiment, method_rows, model_identity
 from corematching.evaluation.settings import read_settings
 from corematching.evaluation.trace_summary import summarise
 from corematching.longdecode.figure import long_decode_figure
@@ -42,10 +28,8 @@ from corematching.longdecode.measure import Forced, chooses, dense_answer, force
 from corematching.longdecode.prompts import prompt_of
 from corematching.longdecode.table import BENCHMARK, METRIC, long_decode_table
 from corematching.models.families import family_of
-from corematching.models.loading import load_config, model_path
-from corematching.results.figures.canvas import save
-from corematching.results.store import Store
-from corematching.results.terminal import show
+from corematching.results.figures.canvas import ShownFigure
+from corematching.results.table import RunTable
 
 VERSION = "1"
 """Of how cells are measured."""
@@ -54,128 +38,50 @@ MOST_TEXT = 512
 
 
 def run(config: DictConfig) -> int:
-    """Measure what the store lacks; write and print table and figure.
-
-    Returns
-    -------
-    int
-        Exit status: 0 all cells have results, 1 some failed.
+    """Measure what the store lacks; write and print table and figure (see `corematching.evaluation.one_by_one.run`).
 
     Raises
     ------
     UserError
         For a wrong setting, or a method that does not fit the model or leaves its KV cache alone.
     """
-    settings = read_settings(config)
-    experiment = planned(settings)
-    reader = Reader(settings)
-    reader.check_methods(experiment)
-    store = Store(experiment.folder)
-    experiment.manifest.write(experiment.folder)
-    pending = [cell for cell in experiment.cells if not finished(store.read(cell.id), experiment)]
-    with Reporter(len(pending)) as reporter:
-        for line in banner(settings, answers=False):
-            reporter.say(line)
-        reporter.say(f"{experiment.name}: {len(experiment.cells)} cells, {len(pending)} to run -> {experiment.folder}")
-        for cell in pending:
-            attempt([cell], experiment, reader, store, reporter)
-        if pending and settings["report"]:
-            publish_run(store.root, reporter.say, lambda make: None)
-        return conclude(experiment, store, reporter)
+    return one_by_one.run(Reader(planned(read_settings(config))))
 
 
 def planned(settings: Mapping[str, Any]) -> Experiment:
     """One cell per method, budget, seed and number of pictures."""
-    identity, asked = model_identity(settings["model"]), settings["decode"]
-    rows = tuple(method_rows(settings))
-    machine = provenance.hardware()
-    cells = [
-        Cell.of(
-            {
-                "model": identity,
-                **method_identity(row),
-                "benchmark": {
-                    "name": f"{BENCHMARK}_{images}",
-                    "data": "mini",
-                    "version": VERSION,
-                    "limit": asked["prompts"],
-                },
-                "prompt": f"{images} pictures, {asked['tokens']} tokens answered",
-                "seed": settings["seed"],
-                "hardware": machine,  # times are part of the result
-            },
-            model=model_label(identity),
-            method=row.label,
-            keep=row.keep,
-            benchmark=f"{BENCHMARK}_{images}",
-            data="mini",
-        )
-        for row in rows
-        for images in dict.fromkeys(asked["images"])
-    ]
-    folder, since = asks.folder_of(settings), forced_since(settings["force"])
-    data = load_source(**settings["data"])
-    return Experiment(folder.name, folder, tuple(dict.fromkeys(cells)), rows, (), data, settings, since)
+    identity, asked, rows = model_identity(settings["model"]), settings["decode"], method_rows(settings)
+    machine = provenance.hardware()  # times are part of the result
+    cells = []
+    for row in rows:
+        for images in dict.fromkeys(asked["images"]):
+            benchmark = {"name": f"{BENCHMARK}_{images}", "data": "mini", "version": VERSION, "limit": asked["prompts"]}
+            prompt = f"{images} pictures, {asked['tokens']} tokens answered"
+            seed = settings["seed"]
+            cells.append(one_by_one.cell_of(identity, row, benchmark, prompt, seed, "mini", hardware=machine))
+    return one_by_one.experiment_of(settings, rows, cells)
 
 
-def conclude(experiment: Experiment, store: Store, reporter: Reporter) -> int:
-    """Write and print the table, and write the figure; returns the exit status."""
-    records = [(cell, store.read(cell.id)) for cell in experiment.cells]
-    done = [
-        {**record, "labels": cell.label}
-        for cell, record in records
-        if record is not None and record["status"] == "done"
-    ]
-    note = small_note(experiment.settings, answers=False)
-    table = long_decode_table([(record, store.samples(record["id"])) for record in done], filter(None, [note]))
-    table.write(store.root, BENCHMARK)
-    show(table, reporter.console)
-    figure = long_decode_figure(done)
-    if figure is not None:
-        save(figure, store.root / "figures", BENCHMARK)
-    reporter.say(f"table: {store.root / f'{BENCHMARK}.md'}; figure: {store.root / 'figures' / f'{BENCHMARK}.png'}")
-    if len(done) < len(records):
-        reporter.say(f"{len(records) - len(done)} of {len(records)} cells failed: see {store.cells}/<id>/cell.json")
-    return 1 if len(done) < len(records) else 0
+class Reader(one_by_one.Reader):
+    """Evaluates the cells; prompts and dense answers are made when they are first needed."""
 
+    name = BENCHMARK
 
-class Reader:
-    """Evaluates the cells; model, prompts and dense answers are made when they are first needed."""
-
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self.settings = settings
-        self.tokens, self.prompts = settings["decode"]["tokens"], settings["decode"]["prompts"]
-        self._loaded: tuple[Any, Any] | None = None
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__(experiment)
+        self.tokens, self.prompts = self.settings["decode"]["tokens"], self.settings["decode"]["prompts"]
         self._spoken: dict[tuple[int, int], tuple[Any, Any]] = {}
 
-    def _model_name(self) -> str:
-        chosen = self.settings["model"]
-        return chosen["name"] if chosen["weights"] == "random" else chosen["path"]
+    def refusal(self, method: Any, config: Any) -> str | None:
+        if method.name == "dense" or chooses(method, config):
+            return None
+        return f"{method.name} leaves the KV cache alone: long_decode compares methods that do not"
 
-    def check_methods(self, experiment: Experiment) -> None:
-        """Refuse methods that do not fit the model, before anything is written."""
-        chosen = self.settings["model"]
-        config = load_config(self._model_name(), chosen["weights"], chosen["num_layers"], chosen["revision"])
-        methods = dict.fromkeys(build(cell) for cell in experiment.cells)
-        check_methods(methods, config, model_path(self._model_name()))
-        for method in methods:
-            if method.name != "dense" and not chooses(method, config):
-                raise UserError(f"{method.name} leaves the KV cache alone: long_decode compares methods that do not")
+    def table(self, cells: Sequence[one_by_one.Read], told: Iterable[str]) -> RunTable:
+        return long_decode_table(cells, told)
 
-    def loaded(self) -> tuple[Any, Any]:
-        """The model and its processor (None for random weights)."""
-        if self._loaded is None:
-            chosen = self.settings["model"]
-            self._loaded = cm.load_model(
-                self._model_name(),
-                weights=chosen["weights"],
-                dtype=None if chosen["dtype"] == "auto" else chosen["dtype"],
-                device=None if chosen["device"] == "auto" else chosen["device"],
-                num_layers=chosen["num_layers"],
-                revision=chosen["revision"],
-                seed=self.settings["seed"],
-            )
-        return self._loaded
+    def figure(self, records: Sequence[Mapping[str, Any]]) -> ShownFigure | None:
+        return long_decode_figure(records)
 
     def spoken(self, images: int, number: int) -> tuple[Any, Any]:
         """A prompt and what the dense model answers to it."""
@@ -188,10 +94,6 @@ class Reader:
             inputs = prompt_of(model, processor, images, number, self.settings["seed"], self.settings)
             self._spoken[images, number] = inputs, dense_answer(model, inputs, self.tokens)
         return self._spoken[images, number]
-
-    def answered(self, cell: Cell) -> bool:
-        """Never: cells of this road are computed one at a time."""
-        return False
 
     def evaluate(self, cell: Cell, on_progress: Callable[[int, int], None]) -> tuple[dict[str, Any], pd.DataFrame]:
         """Run one cell; returns what its record holds of results, and one row per decoded token."""
@@ -230,18 +132,7 @@ class Reader:
 def rows_of(found: list[Forced]) -> pd.DataFrame:
     """One row per decoded token, in the columns of other benchmarks' questions."""
     rows = [
-        {
-            "doc_id": 0,
-            "part": "",
-            "unit": str(prompt),
-            "question_id": f"{prompt}/{place}",
-            "question": "",
-            "prompt": "",
-            "prediction": str(said),
-            "target": str(target),
-            "score": float(said == target),
-            "retained_tokens": 0.0,
-        }
+        one_by_one.token_row(prompt, place, said, target)
         for prompt, one in enumerate(found)
         for place, (said, target) in enumerate(zip(one.said.tolist(), one.targets.tolist(), strict=True))
     ]
