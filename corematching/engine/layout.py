@@ -12,6 +12,7 @@ from torch import Tensor
 
 from corematching.errors import UserError
 from corematching.methods.base import Keep, Replace
+from corematching.methods.selection import tokens_at
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Layout:
         ]
         index = _last_true(stays, max(lengths))
         layout = self._take(index, lengths, counts)
-        return layout.renumbered() if renumber else layout, stream.of(partial(taken, index=index))
+        return layout.renumbered() if renumber else layout, stream.of(partial(tokens_at, index=index))
 
     def _take(self, index: Tensor, lengths: list[int], visual_counts: list[int]) -> Layout:
         width = index.shape[1]
@@ -199,7 +200,7 @@ class Layout:
         layout = merged._take(order, lengths, counts)
         new = Stream(decision.hidden, tuple(self._mixed(decision, rows) for rows in stream.coming))
         pairs = zip((stream.hidden, *stream.coming), (new.hidden, *new.coming), strict=True)
-        hidden, *coming = (taken(torch.cat([old, own.to(old.dtype)], 1), order) for old, own in pairs)
+        hidden, *coming = (tokens_at(torch.cat([old, own.to(old.dtype)], 1), order) for old, own in pairs)
         return layout.renumbered() if renumber else layout, Stream(hidden, tuple(coming))
 
     def _mixed(self, decision: Replace, rows: Tensor) -> Tensor:
@@ -209,12 +210,7 @@ class Layout:
                 "this model adds visual features between layers: a method that combines tokens must say how "
                 "(Replace.mix)"
             )
-        return decision.mix(taken(rows, self.visual))
-
-
-def taken(values: Tensor, index: Tensor) -> Tensor:
-    """Tokens of [B, n, d] at long [B, m]."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+        return decision.mix(tokens_at(rows, self.visual))
 
 
 def positions_at(positions: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from corematching.engine import turns
 from corematching.engine.cache import Conversation, Rows, trace_layers
-from corematching.engine.layout import Layout, Past, Stream, joined, taken
+from corematching.engine.layout import Layout, Past, Stream, joined
 from corematching.engine.positions import Positions, deepstack_rows
 from corematching.engine.rows import note_prompt, open_choices
 from corematching.engine.sharing import SharedRun
@@ -21,6 +21,7 @@ from corematching.engine.state import PromptState
 from corematching.engine.views import AttentionSignals, FFNSignals, KVSignals, LayerSignals, Prompt
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Keep, KeepKV, ZeroKV
+from corematching.methods.selection import tokens_at
 
 if TYPE_CHECKING:
     from corematching.engine.session import Session
@@ -88,7 +89,11 @@ def _prefill(session, talk, stream: Stream, attention_mask, positions, cache, us
     own = attention_mask if attention_mask is None else attention_mask[:, -length:]
     order = turns.padding_first(own) if session.acts else None
     if order is not None and own is not None:
-        stream, own, positions = stream.of(partial(taken, index=order)), own.gather(1, order), positions.along(order)
+        stream, own, positions = (
+            stream.of(partial(tokens_at, index=order)),
+            own.gather(1, order),
+            positions.along(order),
+        )
     state, prompt = turns.open_turn(session, stream.hidden, own, positions.rotary, talk, past, order)
     open_choices(session, state)
     if cache is not None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from corematching.engine.layout import Layout, Stream, taken
+from corematching.engine.layout import Layout, Stream
 from corematching.engine.state import PromptState
 from corematching.errors import UserError
 from corematching.methods.base import Keep, Replace
+from corematching.methods.selection import tokens_at
 from corematching.models.families import NEWLINE, ImageTokens, VisualTokens
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def choose(session: Session, state: PromptState, stream: Stream, layout: Layout)
     first = _firsts(state)
     rows = []
     for row, (own, numbers) in enumerate(zip(state.images.rows, state.images.numbers, strict=True)):
-        visual, start, parts = taken(stream.hidden[row : row + 1], layout.visual[row : row + 1]), 0, []
+        visual, start, parts = tokens_at(stream.hidden[row : row + 1], layout.visual[row : row + 1]), 0, []
         for image, number in zip(own, numbers, strict=True):
             attention = {
                 layer: with_newlines(every[:, first[number] : first[number] + image.count], image)[None]
@@ -137,7 +138,7 @@ def _joined_replace(rows: Sequence[Sequence[Part]], stream: Stream, layout: Layo
         ]
         return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
 
-    visual = taken(stream.hidden, layout.visual)
+    visual = tokens_at(stream.hidden, layout.visual)
     origins = [
         torch.cat([layout.visual.new_zeros(0), *(_origin(part).to(layout.visual.device) for part in parts)])
         for parts in rows

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from corematching.engine.ffn import down_weight, sliceable
-from corematching.engine.layout import NO_PAST, Layout, Past, joined, positions_at, taken
+from corematching.engine.layout import NO_PAST, Layout, Past, joined, positions_at
 from corematching.engine.visual import PromptImages
+from corematching.methods.selection import tokens_at
 from corematching.models.families import ImageTokens
 
 
@@ -123,7 +124,7 @@ class AttentionSignals:
 
     def queries(self, rows: Tensor, counts: list[int] | None = None, rotated: bool = True) -> Tensor:
         """[B, H, R, hd] for rows [B, R], of which ``counts[b]`` (default: all) are sample b's own."""
-        hidden = taken(self.hidden, rows)
+        hidden = tokens_at(self.hidden, rows)
         projected = self._project("q", hidden, self.own(rows, counts))
         if not rotated:
             return projected
@@ -246,16 +247,14 @@ class LayerSignals:
         signals = self._signals(layer)
         ones = self.hidden.new_ones(rows.shape[0], 1, self.layout.valid.shape[1], signals.attn.head_dim)
         rotated = rotate(ones, *signals.rotary(self.hidden, position_ids=self.layout.positions))[:, 0]
-        of_rows = rotated.gather(1, rows[..., None].expand(-1, -1, rotated.shape[-1]))
+        of_rows = tokens_at(rotated, rows)
         pairs = zip(signals.own(rows, counts), self.layout.lengths, strict=True)
         self.spend([2 * own * length * rotated.shape[2] for own, length in pairs])
         return of_rows @ rotated.transpose(1, 2) * signals.attn.scaling
 
     def gather(self, values: Tensor) -> Tensor:
         index = self.layout.visual
-        if values.dim() == 2:
-            return values.gather(1, index)
-        return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+        return values.gather(1, index) if values.dim() == 2 else tokens_at(values, index)
 
     def spend(self, flops: float | Sequence[float]) -> None:
         self.ledger.spend(flops)

@@ -14,6 +14,7 @@ from corematching.engine.tower_drop import TowerPass, dropping_pass
 from corematching.engine.views import Ledger, Prompt
 from corematching.errors import UserError
 from corematching.methods.base import Merge, Replace, VisionBlocks, VisionDrop, VisionOutput
+from corematching.methods.selection import tokens_at
 from corematching.models.families import Family
 
 
@@ -323,7 +324,7 @@ def image_decision(run: TowerRun, stage: VisionOutput | None) -> Replace | None:
     # Kept patches first, ascending; rows with fewer are padded at the end.
     index = (~decision.mask).to(torch.int8).argsort(dim=1, stable=True)[:, : max(counts)]
     tokens = run.projected if run.projects_all else run.features
-    chosen = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    chosen = tokens_at(tokens, index)
     return Replace(chosen if run.projects_all else run.projector(chosen), index, counts=counts)
 
 

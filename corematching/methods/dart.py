@@ -12,6 +12,7 @@ from torch import Tensor
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Stage
 from corematching.methods.parameters import Budget, check_budget, check_count, place
+from corematching.methods.selection import tokens_at
 from corematching.methods.views import LayerView
 
 
@@ -83,7 +84,7 @@ class DART(Method):
         words = largest(norms, asked, self.text_pivots)
         states = view.normed()
         visual = view.gather(states)
-        pivots = torch.cat([_rows(visual, image), _rows(states, words)], 1)
+        pivots = torch.cat([tokens_at(visual, image), tokens_at(states, words)], 1)
         numbers = zip(view.visual_counts, text, strict=True)
         view.spend([2 * (min(self.image_pivots, count) + own) * count * visual.shape[2] for count, own in numbers])
         taken = torch.zeros_like(view.visual_valid).scatter(1, image, True) | ~view.visual_valid
@@ -133,7 +134,3 @@ def add_dissimilar(states: Tensor, pivots: Tensor, taken: Tensor, share: Tensor)
         rank = torch.empty_like(order).scatter_(1, order, index)
         taken = taken | (rank < share[:, turn, None])
     return taken
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm, max_pool2d
 from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Replace, Stage, VisionOutput
 from corematching.methods.parameters import check_budget, check_layer
-from corematching.methods.selection import keep_top
+from corematching.methods.selection import keep_top, tokens_at
 from corematching.methods.views import LayerView, VisionView
 from corematching.registry import file_of
 
@@ -94,7 +94,7 @@ class FocusLLaVA(Method):
         wanted = chosen[:, region] == scale
         counts = wanted.sum(1).tolist()
         index = (~wanted).to(torch.int8).argsort(dim=1, stable=True)[:, : max(counts)]
-        hidden = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+        hidden = tokens_at(tokens, index)
         return Replace(hidden, patch[index], counts=counts)
 
     def thin(self, view: LayerView) -> Keep:

@@ -13,6 +13,7 @@ from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Geometry, Guide, Keep, Method, Replace, Stage
 from corematching.methods.composed import Composed
 from corematching.methods.parameters import spread
+from corematching.methods.selection import tokens_at
 from corematching.methods.views import LayerView
 
 Sizes = tuple[int, ...]
@@ -163,9 +164,7 @@ class _OneImage:
         return self._view.fact(name).gather(1, self.index)
 
     def gather(self, values: Tensor) -> Tensor:
-        if values.dim() == 2:
-            return values.gather(1, self.visual)
-        return values.gather(1, self.visual[..., None].expand(-1, -1, values.shape[-1]))
+        return values.gather(1, self.visual) if values.dim() == 2 else tokens_at(values, self.visual)
 
 
 class _OfOneImage:
@@ -199,23 +198,21 @@ def _joined(view: LayerView, parts: list[tuple[_OneImage, Any]]) -> Keep | Repla
     order = order[:, : max(counts)]
 
     def mix(rows: Tensor) -> Tensor:
-        return _rows(torch.cat([_mixed(part, decision, rows) for part, decision in parts], 1), order)
+        return tokens_at(torch.cat([_mixed(part, decision, rows) for part, decision in parts], 1), order)
 
     known = all(not isinstance(decision, Replace) or decision.mix is not None for _, decision in parts)
-    return Replace(_rows(hidden, order), origin.gather(1, order), slot.gather(1, order), counts, mix if known else None)
+    return Replace(
+        tokens_at(hidden, order), origin.gather(1, order), slot.gather(1, order), counts, mix if known else None
+    )
 
 
 def _mixed(part: _OneImage, decision: Keep | Replace | None, rows: Tensor) -> Tensor:
     """Per-token rows of all images, as one image's tokens were combined."""
-    own = _rows(rows, part.index)
+    own = tokens_at(rows, part.index)
     if not isinstance(decision, Replace):
         return own
     assert decision.mix is not None
     return decision.mix(own)
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _as_replace(part: _OneImage, decision: Keep | Replace | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

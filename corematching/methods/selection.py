@@ -98,3 +98,8 @@ def sample_keys(input_ids: Tensor, valid: Tensor) -> Tensor:
     power = valid.long().cumsum(1)
     mixed = (input_ids + 1) * (power * 6364136223846793005 + 1442695040888963407)
     return (mixed * valid).sum(1)
+
+
+def tokens_at(values: Tensor, index: Tensor) -> Tensor:
+    """Tokens of [B, n, d] at long [B, m]."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

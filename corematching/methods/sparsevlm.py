@@ -20,7 +20,7 @@ from corematching.methods.parameters import (
     check_layer,
     count_of,
 )
-from corematching.methods.selection import top_mask
+from corematching.methods.selection import tokens_at, top_mask
 from corematching.methods.views import LayerView, PromptView
 
 SCHEDULES = {
@@ -280,18 +280,14 @@ class _Recycling:
         mask = kept[rows, :now]
         index = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :keep]
         best = scores[rows, :now].float().masked_fill(mask, -torch.inf).topk(recycled, dim=1).indices
-        members = _rows(states[rows], best)
+        members = tokens_at(states[rows], best)
         assignment = density_peak_clusters(members, clusters)[1] if clusters else best
         return cls(rows, index, best, assignment, clusters)
 
     def combine(self, values: Tensor) -> Tensor:
         """Per-token rows [B, V, c] of the samples as their tokens are combined, [B', keep + clusters, c]."""
         own = values[self.rows]
-        kept = _rows(own, self.index)
+        kept = tokens_at(own, self.index)
         if not self.clusters:
             return kept
-        return torch.cat([kept, cluster_means(_rows(own, self.best), self.assignment, self.clusters)], 1)
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+        return torch.cat([kept, cluster_means(tokens_at(own, self.best), self.assignment, self.clusters)], 1)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput
+from corematching.methods.base import Geometry, Merge, Method, Replace, Stage, VisionOutput
 from corematching.methods.bipartite import Matching, bipartite_match, matching_flops
 from corematching.methods.parameters import Budget, check_budget, check_count, count_of
+from corematching.methods.selection import tokens_at
 from corematching.methods.views import VisionView
 
 
@@ -47,29 +48,29 @@ class ToMePreLLM(Method):
         keep = count_of(self.keep, patches)
         if keep == patches:
             return None
-        hidden = view.projected
-        rounds: list[tuple[Matching, Tensor]] = []
-        sizes = torch.ones_like(hidden[..., :1], dtype=torch.float32)
-        origin = torch.arange(patches, device=hidden.device).expand(hidden.shape[:2])
-        while hidden.shape[1] > keep:
-            matching = bipartite_match(hidden, hidden.shape[1] - keep, class_token=False)
+        state = _unmerged(view.projected)
+        rounds: list[Matching] = []
+        while state.hidden.shape[1] > keep:
+            matching = bipartite_match(state.hidden, state.hidden.shape[1] - keep, class_token=False)
             assert matching is not None  # two or more tokens always leave a pair to merge
-            view.spend(matching_flops(*hidden.shape[1:]))
-            merged = matching.merge(hidden, sizes, origin)
-            # Back to raster order, so that the next round pairs neighbours as the first one did.
-            order = merged.origin.argsort(dim=1)
-            rounds.append((matching, order))
-            hidden = merged.hidden.gather(1, order[..., None].expand_as(merged.hidden))
-            sizes, origin = merged.sizes.gather(1, order[..., None]), merged.origin.gather(1, order)
-        return Replace(hidden, origin, mix=partial(_merged, rounds))
+            view.spend(matching_flops(*state.hidden.shape[1:]))
+            rounds.append(matching)
+            state = _after(state, matching)
+        return Replace(state.hidden, state.origin, mix=partial(_merged, rounds))
 
 
-def _merged(rounds: Sequence[tuple[Matching, Tensor]], rows: Tensor) -> Tensor:
+def _unmerged(hidden: Tensor) -> Merge:
+    sizes = torch.ones_like(hidden[..., :1], dtype=torch.float32)
+    return Merge(hidden, sizes, torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2]))
+
+
+def _after(state: Merge, matching: Matching) -> Merge:
+    """One round; back to raster order, so that the next one pairs neighbours as the first one did."""
+    merged = matching.merge(state.hidden, state.sizes, state.origin)
+    order = merged.origin.argsort(dim=1)
+    return Merge(tokens_at(merged.hidden, order), tokens_at(merged.sizes, order), merged.origin.gather(1, order))
+
+
+def _merged(rounds: Sequence[Matching], rows: Tensor) -> Tensor:
     """Per-token rows [N, P, c] merged as the tokens were, round by round."""
-    sizes = torch.ones_like(rows[..., :1], dtype=torch.float32)
-    origin = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
-    for matching, order in rounds:
-        merged = matching.merge(rows, sizes, origin)
-        rows = merged.hidden.gather(1, order[..., None].expand_as(merged.hidden))
-        sizes, origin = merged.sizes.gather(1, order[..., None]), merged.origin.gather(1, order)
-    return rows
+    return reduce(_after, rounds, _unmerged(rows)).hidden

@@ -12,6 +12,7 @@ from torch import Tensor
 from corematching.errors import UserError
 from corematching.methods.base import Geometry, Method, Replace, Stage, VisionOutput
 from corematching.methods.parameters import Budget, check_budget, check_count, count_of
+from corematching.methods.selection import tokens_at
 from corematching.methods.views import VisionView
 
 
@@ -117,20 +118,16 @@ def zip_tokens(hidden: Tensor, scores: Tensor, metric: Tensor, dominant: int, co
     order = is_dominant.argsort(dim=1, descending=True, stable=True)
     first, rest = order[:, :dominant], order[:, dominant:]
     if contextual == 0:
-        return _rows(hidden, first), first - 1
+        return tokens_at(hidden, first), first - 1
     stride = max(1, rest.shape[1] // contextual)
     # The places are the same for every image and known on the host: a boolean index there costs no synchronisation.
     is_target = torch.zeros(length - dominant, dtype=torch.bool)
     is_target[::stride][:contextual] = True
     target, other = (rest[:, chosen.nonzero()[:, 0].to(rest.device)] for chosen in (is_target, ~is_target))
     unit = F.normalize(metric.float(), dim=-1)
-    assigned = (_rows(unit, other) @ _rows(unit, target).transpose(1, 2)).argmax(2)
+    assigned = (tokens_at(unit, other) @ tokens_at(unit, target).transpose(1, 2)).argmax(2)
     sums = unit.new_zeros(images, contextual, hidden.shape[2])
-    sums = sums.scatter_add(1, assigned[..., None].expand(-1, -1, hidden.shape[2]), _rows(hidden, other).float())
+    sums = sums.scatter_add(1, assigned[..., None].expand(-1, -1, hidden.shape[2]), tokens_at(hidden, other).float())
     counts = unit.new_zeros(images, contextual).scatter_add(1, assigned, torch.ones_like(assigned, dtype=unit.dtype))
-    merged = _rows(hidden, target) + (sums / counts.clamp(min=1)[..., None]).to(hidden.dtype)
-    return torch.cat([_rows(hidden, first), merged], 1), torch.cat([first, target], 1) - 1
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+    merged = tokens_at(hidden, target) + (sums / counts.clamp(min=1)[..., None]).to(hidden.dtype)
+    return torch.cat([tokens_at(hidden, first), merged], 1), torch.cat([first, target], 1) - 1
