@@ -89,11 +89,8 @@ def _prefill(session, talk, stream: Stream, attention_mask, positions, cache, us
     own = attention_mask if attention_mask is None else attention_mask[:, -length:]
     order = turns.padding_first(own) if session.acts else None
     if order is not None and own is not None:
-        stream, own, positions = (
-            stream.of(partial(tokens_at, index=order)),
-            own.gather(1, order),
-            positions.along(order),
-        )
+        stream = stream.of(partial(tokens_at, index=order))
+        own, positions = own.gather(1, order), positions.along(order)
     state, prompt = turns.open_turn(session, stream.hidden, own, positions.rotary, talk, past, order)
     open_choices(session, state)
     if cache is not None:

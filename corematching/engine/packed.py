@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +68,7 @@ def choose(session: Session, state: PromptState, stream: Stream, layout: Layout)
                 visual[:, start : start + image.count],
                 attention,
                 session.geometry.vision_depth,
-                lambda flops, row=row: _book(state, row, flops),  # type: ignore[misc]
+                partial(state.ledger.spend_on, row),
             )
             view.spend(session.tower_attention.flops(image.patches))
             parts.append((start, image.count, session.output.select(view)))  # type: ignore[arg-type]
@@ -109,10 +110,6 @@ def _firsts(state: PromptState) -> dict[int, int]:
         firsts[number] = first
         first += counts[number]
     return firsts
-
-
-def _book(state: PromptState, row: int, flops: float) -> None:
-    state.ledger.spend([flops if other == row else 0.0 for other in range(len(state.ledger.flops))])
 
 
 Part = tuple[int, int, Keep | Replace | None]

@@ -463,5 +463,4 @@ def note_prompt(
         own = signals.of_sample(row)
         keys, values = cache_layer.keys[row, :, start:], cache_layer.values[row, :, start:]
         stage.begin(PromptRowSignals(layer, keys, values, choices.memory[row], own, prompt, row))
-        spent = own.ledger.flops[0]
-        state.ledger.spend([spent if other == row else 0.0 for other in range(len(choices.memory))])
+        state.ledger.spend_on(row, own.ledger.flops[0])

@@ -224,14 +224,9 @@ class Session:
 
         Unless ``stacked`` (the new function calls what it shadows), nothing else may have shadowed it before.
         """
-        before = vars(module).get(name)
-        if before is not None and not stacked:
+        if vars(module).get(name) is not None and not stacked:
             raise UserError(f"{type(module).__name__}.{name} is already replaced by something else on this model")
-        object.__setattr__(module, name, function)
-        if before is None:
-            self._undo.append(lambda: object.__delattr__(module, name))
-        else:
-            self._undo.append(lambda: object.__setattr__(module, name, before))
+        self.shadow(module, name, function)
 
     def shadow(self, module: nn.Module, name: str, value: Any) -> None:
         """Put an attribute over what an instance has by that name, until the method is removed."""

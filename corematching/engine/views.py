@@ -31,6 +31,10 @@ class Ledger:
         for row, more in enumerate(own):
             self.flops[row] += 0 if row in self._spared else more
 
+    def spend_on(self, row: int, flops: float) -> None:
+        """Book what one sample alone costs."""
+        self.spend([flops if other == row else 0.0 for other in range(len(self.flops))])
+
     @contextmanager
     def charging(self, samples: Sequence[bool]) -> Iterator[None]:
         """Book only on some samples: on the others, nothing would be spent if they ran alone."""
