@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from corematching.engine.row_choices import Count, RowChoices
 from corematching.errors import UserError
-from corematching.methods.base import ChooseRows, KeepKV, ReadRows
+from corematching.methods.base import ChooseRows, ReadRows
 
 if TYPE_CHECKING:
     from corematching.engine.session import Session
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 NAME = "corematching_rows"
 """Under which transformers finds the attention that asks a module's reader."""
 KERNELS = ("sdpa", "eager")
-Count = float | Tensor
-"""Numbers that may still lie on the device."""
 
 
 def _attend(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -40,120 +38,31 @@ def _attend(module: Any, *args: Any, **kwargs: Any) -> Any:
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
 
 
-# ---------------------------------------------------------------------------------------------------------- bookkeeping
-@dataclass
-class Step:
-    """What one decode step read, per row of the batch as it was then."""
-
-    rows: dict[int, list[Count]] = field(default_factory=dict)
-    """Per layer and sample: rows read, on average over the KV heads."""
-    mass: dict[int, list[Count]] = field(default_factory=dict)
-    """Per layer and sample: share of dense attention on these rows; only while it is measured."""
-    flops: list[float] = field(default_factory=list)
-    """Per sample: what choosing took."""
-    bytes: list[float] = field(default_factory=list)
-    """Per sample: keys (and whatever else) read for choosing, apart from the rows attended to."""
-
-
-@dataclass
-class RowChoices:
-    """What one turn's decode steps choose from and have read; per row of the batch as it is now."""
-
-    starts: list[list[int]] = field(default_factory=list)
-    """Per sample and layer: the cache row where its own ones begin (padding stands before)."""
-    heads: dict[int, list[list[int]]] = field(default_factory=dict)
-    """Of layers whose heads keep different numbers of rows, per sample: where each KV head's rows begin."""
-    longest: dict[int, list[int]] = field(default_factory=dict)
-    """Of the same, per sample of the prefill: rows of the longest head, to which the others are padded."""
-    dropped: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """Of measured layers that dropped rows, per sample: keys [H_kv, n, hd] of all rows, and bool [H_kv, n] of those
-    that stayed."""
-    memory: list[dict[Any, Any]] = field(default_factory=list)
-    """Per sample: what the method notes. Values are replaced, never written into."""
-    steps: list[Step] = field(default_factory=list)
-
-    def open_step(self) -> None:
-        """A decode step begins."""
-        batch = len(self.memory)
-        self.steps.append(Step(flops=[0.0] * batch, bytes=[0.0] * batch))
-
-    def note_heads(self, layer: int, valid: Tensor) -> list[int]:
-        """A layer's KV heads keep different numbers of rows, bool [B, H_kv, K]: their rounded mean per sample."""
-        counts = valid.sum(2).tolist()
-        self.longest[layer] = [max(own) for own in counts]
-        self.heads[layer] = [[valid.shape[2] - count for count in own] for own in counts]
-        return [round(sum(own) / len(own)) for own in counts]
-
-    def note_dropped(self, layer: int, keys: Tensor, decision: KeepKV, lengths: Sequence[int]) -> None:
-        """A measured layer is about to keep some rows only of keys [B, H_kv, n, hd]."""
-        stayed = torch.zeros(keys.shape[:3], dtype=torch.int8, device=keys.device)
-        valid = torch.ones_like(decision.index) if decision.valid is None else decision.valid
-        valid = valid if valid.dim() == 3 else valid[:, None].expand_as(decision.index)
-        stayed = stayed.scatter_add(2, decision.index, valid.to(torch.int8)) > 0
-        self.dropped[layer] = [
-            (own[:, -length:], mark[:, -length:]) for own, mark, length in zip(keys, stayed, lengths, strict=True)
-        ]
-
-    def take(self, rows: Sequence[int]) -> None:
-        """The batch is now made of these rows of what it was."""
-        self.starts = [self.starts[row] for row in rows]
-        self.memory = [dict(self.memory[row]) for row in rows]
-        self.heads = {layer: [starts[row] for row in rows] for layer, starts in self.heads.items()}
-        self.dropped = {layer: [own[row] for row in rows] for layer, own in self.dropped.items()}
-
-    def snapshot(self) -> RowChoices:
-        """As it is now, whatever comes."""
-        return RowChoices(
-            list(self.starts),
-            dict(self.heads),
-            dict(self.longest),
-            dict(self.dropped),
-            [dict(own) for own in self.memory],
-            list(self.steps),
-        )
-
-    def fork(self) -> RowChoices:
-        """For a copied KV cache: steps so far stay on this one's account."""
-        twin = self.snapshot()
-        twin.steps = []
-        return twin
-
-    def of_sample(self, row: int, depth: int) -> dict[str, list]:
-        """A sample's part of the trace, as keyword arguments of :class:`~corematching.engine.trace.SampleTrace`."""
-        own = [step for step in self.steps if row < len(step.flops)]
-
-        def by_layer(name: str) -> list[list[float]]:
-            parts = [getattr(step, name) for step in own]
-            found = [[float(part[layer][row]) for part in parts if layer in part] for layer in range(depth)]
-            return found if any(found) else []
-
-        return {
-            "rows_read": by_layer("rows"),
-            "mass_read": by_layer("mass"),
-            "choice_flops": [step.flops[row] for step in own],
-            "choice_bytes": [step.bytes[row] for step in own],
-        }
-
-
 # ---------------------------------------------------------------------------------------------------------------- views
+@dataclass
 class RowSignals:
     """See :class:`corematching.methods.views.StepView`."""
 
-    def __init__(
-        self, layer: int, step: int, query: Tensor, keys: Tensor, values: Tensor, memory: dict, scaling: float
-    ) -> None:
-        self.layer, self.step, self.query, self.keys, self.values = layer, step, query, keys, values
-        self.memory, self.scaling = memory, scaling
-        self.spent = 0.0
-        self.read = 0.0
-        self.projected: Tensor | None = None
-        self._cache: Any = None
+    layer: int
+    step: int
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    memory: dict
+    scaling: float
+    _projected: Tensor | None
+    _cache: Any
+    _row: int
+    _starts: list[int]
+    """Per layer: where the sample's rows begin in the cache."""
+    spent: float = 0.0
+    read: float = 0.0
 
     @property
     def unrotated_query(self) -> Tensor:
-        if self.projected is None:
+        if self._projected is None:
             raise ValueError("this stage did not ask for unrotated queries: declare ChooseRows(..., unrotated=True)")
-        return self.projected
+        return self._projected
 
     @property
     def rows(self) -> int:
@@ -166,12 +75,8 @@ class RowSignals:
         return logits.softmax(-1)
 
     def keys_of(self, layer: int) -> Tensor:
-        keys = self._cache.layers[layer].keys[self._row, :, self._start_of(layer) :]
+        keys = self._cache.layers[layer].keys[self._row, :, self._starts[layer] :]
         return keys[:, : self.rows]
-
-    def attach(self, cache: Any, row: int, starts: list[int]) -> None:
-        """Where other layers' keys are found."""
-        self._cache, self._row, self._start_of = cache, row, starts.__getitem__
 
     def spend(self, flops: float, read: float = 0.0) -> None:
         self.spent += flops
@@ -310,21 +215,36 @@ class RowReader:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.kernel, eager)
 
-    def _ask(self, choices: RowChoices, row: int, query: Tensor, key: Tensor, value: Tensor, scaling: float):
+    def _ask(
+        self, choices: RowChoices, row: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> ReadRows | None:
         assert self.stage is not None
-        start, step = choices.starts[row][self.layer], len(choices.steps) - 1
+        start, own = choices.starts[row][self.layer], query[row, :, 0]
         view = RowSignals(
-            self.layer, step, query[row, :, 0], key[row, :, start:], value[row, :, start:], choices.memory[row], scaling
+            self.layer,
+            len(choices.steps) - 1,
+            own,
+            key[row, :, start:],
+            value[row, :, start:],
+            choices.memory[row],
+            scaling,
+            self._unrotated(row, own.shape),
+            self.session.decoding_cache,
+            row,
+            choices.starts[row],
         )
-        view.attach(self.session.decoding_cache, row, choices.starts[row])
-        if self.projected is not None:
-            heads = self.projected[row, -1].unflatten(-1, query[row, :, 0].shape)
-            norm = getattr(self.session.decoder.layers[self.layer].self_attn, "q_norm", None)
-            view.projected = heads if norm is None else norm(heads)
         decision = self.stage.choose(view)
         choices.steps[-1].flops[row] += view.spent
         choices.steps[-1].bytes[row] += view.read
         return decision
+
+    def _unrotated(self, row: int, shape: torch.Size) -> Tensor | None:
+        """A sample's query [H, hd] before rotation, if the stage asks for it."""
+        if self.projected is None:
+            return None
+        heads = self.projected[row, -1].unflatten(-1, shape)
+        norm = getattr(self.session.decoder.layers[self.layer].self_attn, "q_norm", None)
+        return heads if norm is None else norm(heads)
 
     def _gathered(
         self, decision: ReadRows | None, choices: RowChoices, row: int, key: Tensor, value: Tensor

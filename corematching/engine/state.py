@@ -13,7 +13,7 @@ from torch import Tensor
 from corematching.engine.ffn import MaskedFFN, SlicedFFN
 from corematching.engine.indices import PackedIndices
 from corematching.engine.layout import NO_PAST, Layout, Past, joined
-from corematching.engine.rows import RowChoices
+from corematching.engine.row_choices import RowChoices
 from corematching.engine.trace import GuideTrace, SampleTrace
 from corematching.engine.views import Ledger
 from corematching.engine.visual import PromptImages
