@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from statistics import median
@@ -17,7 +17,7 @@ from corematching.cost.calibration import Calibration, Layer
 from corematching.cost.hardware import dtype_name
 from corematching.cost.shapes import vision_layer_flops
 from corematching.cost.towers import tower_of
-from corematching.efficiency.latency import clock
+from corematching.efficiency.latency import timed
 from corematching.engine.ffn import neuron_major, sliceable
 from corematching.engine.ways import decide, measured
 from corematching.models.families import family_of
@@ -84,7 +84,7 @@ def measure(model: Any) -> Calibration:
         split = (vision_heads, vision_heads, tower.width // vision_heads)
         vision = _layer(own, split, VISION_ROWS, gated=False, where=where)
         head, x = torch.randn(text.vocab_size, width, **where), torch.ones(1, width, **where)
-        read = head.numel() * head.element_size() / _time(partial(linear, x, head), model.device)
+        read = head.numel() * head.element_size() / median(timed(partial(linear, x, head), model.device, TURNS))
     last = VISION_ROWS[-1]
     return Calibration(
         decoder, vision, vision_layer_flops(tower.width, tower.ffn, last, last, last), read, _chosen(model, read)
@@ -122,19 +122,8 @@ def _layer(
                 silu(hidden)
 
         for name, work in (("products", products), ("attention", attention), ("rest", rest)):
-            times[name].append(_time(work, where["device"]))
+            times[name].append(median(timed(work, where["device"], TURNS)))
     return Layer(tuple(rows), *(tuple(values) for values in times.values()))
-
-
-def _time(work: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of a piece of work, after a warm-up."""
-    work()
-    times = []
-    for _ in range(TURNS):
-        start = clock(device)
-        work()
-        times.append(clock(device) - start)
-    return median(times)
 
 
 def _chosen(model: Any, read: float) -> float:

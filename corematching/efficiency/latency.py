@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 from typing import Any
@@ -80,6 +80,17 @@ def clock(device: torch.device) -> float:
     """Seconds, once the device is idle."""
     synchronise(device)
     return time.perf_counter()
+
+
+def timed(work: Callable[[], Any], device: torch.device, times: int) -> list[float]:
+    """Seconds of each of so many runs of a piece of work, after a warm-up."""
+    work()
+    seconds = []
+    for _ in range(times):
+        start = clock(device)
+        work()
+        seconds.append(clock(device) - start)
+    return seconds
 
 
 def answer(model: Any, trace: Any, inputs: dict[str, Tensor], lengths: list[int], engine: str) -> Run:

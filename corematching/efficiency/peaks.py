@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from corematching.cost.hardware import Peaks
-from corematching.efficiency.latency import clock
+from corematching.efficiency.latency import timed
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype, tries: int = 7) -> Peaks:
@@ -18,20 +18,9 @@ def measure_peaks(device: torch.device, dtype: torch.dtype, tries: int = 7) -> P
         target = torch.empty_like(large)
         vector = torch.ones(width, device=device, dtype=dtype)
         moved = large.numel() * large.element_size()
-        copy = _best(lambda: target.copy_(large), device, tries)
-        read = _best(lambda: torch.mv(large, vector), device, tries)
+        copy = min(timed(lambda: target.copy_(large), device, tries))
+        read = min(timed(lambda: torch.mv(large, vector), device, tries))
         left = torch.ones(width if on_gpu else 1024, width, device=device, dtype=dtype)
         square = large[:width]
-        product = _best(lambda: left @ square, device, tries)
+        product = min(timed(lambda: left @ square, device, tries))
     return Peaks(2 * moved / copy, moved / read, 2 * left.shape[0] * width * width / product)
-
-
-def _best(work, device: torch.device, tries: int) -> float:
-    """Shortest time of ``work`` in seconds, after a warm-up."""
-    work()
-    times = []
-    for _ in range(tries):
-        start = clock(device)
-        work()
-        times.append(clock(device) - start)
-    return min(times)
