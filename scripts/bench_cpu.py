@@ -25,13 +25,8 @@ from corematching import build_method, files, flops, load_model
 from corematching.cost.memory import keep_freed_memory
 from corematching.cost.roofline import decode_bytes
 from corematching.efficiency.ffn_ways import measured_ways
-from corematching.efficiency.inputs import fixed_inputs
-from corematching.efficiency.latency import (
-    Spread,
-    clock,
-    decision_seconds,
-    in_turns,
-)
+from corematching.efficiency.inputs import fixed_batch, fixed_inputs
+from corematching.efficiency.latency import Spread, clock, decision_seconds, in_turns
 from corematching.efficiency.peaks import measure_peaks
 from corematching.engine.cache import conversation_of
 from corematching.engine.compiled import EagerDecoder, decoder_of, prefill
@@ -195,8 +190,7 @@ def batch(model: Any, inputs: dict, options: argparse.Namespace) -> None:
         "corematching keep 64": build_method("corematching", threshold="keep", keep=64),
     }
     for size in options.batch:
-        prompts = [fixed_inputs(model, seed=seed) for seed in range(size)]
-        together = {name: torch.cat([prompt[name] for prompt in prompts]) for name in inputs}
+        together = fixed_batch(model, size)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
         for turn in range(max(1, options.repeats // 3) + 1):
             for name, method in methods.items():
