@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from corematching.cost.memory import free_memory
+from corematching.models.families import head_width
 
 _SHARE = 0.5
 """Of the free memory that is planned with; the rest is for what methods compute and for others on the machine."""
@@ -26,7 +27,7 @@ def bytes_per_token(model: Any, remembered: int = 0) -> int:
         Decoder layers whose output is kept for other methods.
     """
     text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = head_width(text)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     rows = 2 * heads * head_dim
     moment = 4 * text.hidden_size + rows + 3 * text.intermediate_size

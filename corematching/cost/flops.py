@@ -15,7 +15,7 @@ from corematching.cost.shapes import decoder_layer_flops, vision_layer_flops
 from corematching.cost.towers import tower_of
 from corematching.engine.trace import SampleTrace, Trace
 from corematching.errors import UserError
-from corematching.models.families import family_of
+from corematching.models.families import family_of, head_width
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def layer_flops(config: Any, queries: float, keys: float) -> float:
 
 def _layer_flops(text: Any, queries: float, keys: float, ffn_width: float) -> float:
     """One decoder layer: ``queries`` tokens attending to ``keys`` rows, ``ffn_width`` neurons in a gated FFN."""
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = head_width(text)
     q_width, kv_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     return decoder_layer_flops(text.hidden_size, q_width, kv_width, queries, keys, ffn_width)
 

@@ -17,7 +17,7 @@ from corematching.cost.towers import tower_of
 from corematching.engine.offload import STAGES, resident_layers
 from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
-from corematching.models.families import family_of
+from corematching.models.families import family_of, head_width
 
 ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes per number."""
@@ -73,7 +73,7 @@ class Sizes:
         family_of(config)
         text, tower = config.text_config, tower_of(config.to_dict())
         d = text.hidden_size
-        head_dim = getattr(text, "head_dim", None) or d // text.num_attention_heads
+        head_dim = head_width(text)
         return cls(
             vision=tower.weights,
             projector=tower.projector_weights,
@@ -132,7 +132,7 @@ def kv_bytes_read(sample: SampleTrace, steps: int) -> float:
 def in_dtype(config: Any, sample: SampleTrace, dtype: str) -> SampleTrace:
     """The trace as a run in another type would have left it: bytes of the KV cache follow the type."""
     text = config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = head_width(text)
     dense = sample.prompt_tokens * len(sample.llm_tokens) * 2 * text.num_key_value_heads * head_dim * ELEMENT[dtype]
     return replace(sample, dense_kv_bytes=dense, kv_bytes=round(sample.kv_bytes * dense / sample.dense_kv_bytes))
 

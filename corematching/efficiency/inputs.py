@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from corematching.errors import UserError
-from corematching.models.families import Family, family_of
+from corematching.models.families import Family, family_of, side_of
 from corematching.models.families.anyres import LlavaNext
 from corematching.models.families.internvl import InternVL
 from corematching.models.families.qwen_vl import QwenVL
@@ -86,11 +86,11 @@ def visual_inputs(
         grids = torch.tensor([[1, rows, columns]] * images)
         return {"pixel_values": pixels, "image_grid_thw": grids}, rows * columns // merge**2
     if isinstance(family, InternVL):
-        side = _side(vision.image_size)
+        side = side_of(vision.image_size)
         _check_multiple(size, side)
         crops = (height // side) * (width // side)
         crops += crops > 1  # a thumbnail
-        tokens = crops * int(side // _side(vision.patch_size) * config.downsample_ratio) ** 2
+        tokens = crops * int(side // side_of(vision.patch_size) * config.downsample_ratio) ** 2
         return {"pixel_values": torch.randn(images * crops, 3, side, side, generator=generator)}, tokens
     side = vision.image_size
     if isinstance(family, LlavaNext):
@@ -110,12 +110,8 @@ def _usual(family: Family, config: Any) -> tuple[int, int]:
     if isinstance(family, QwenVL):
         side = 16 * vision.patch_size * vision.spatial_merge_size
     else:
-        side = _side(vision.image_size) * (1 if family.image_tokens(config) else 2)
+        side = side_of(vision.image_size) * (1 if family.image_tokens(config) else 2)
     return side, side
-
-
-def _side(size: Any) -> int:
-    return size if isinstance(size, int) else size[0]
 
 
 def _check_multiple(size: Sequence[int], multiple: int) -> None:

@@ -20,7 +20,7 @@ from corematching.cost.towers import tower_of
 from corematching.efficiency.latency import timed
 from corematching.engine.ffn import neuron_major, sliceable
 from corematching.engine.ways import decide, measured
-from corematching.models.families import family_of
+from corematching.models.families import family_of, head_width
 
 ROWS = (1, 8, 64, 160, 352, 704)
 """Numbers of rows at which a decoder layer's parts are measured."""
@@ -146,7 +146,7 @@ def _chosen(model: Any, read: float) -> float:
 
 def _heads(text: Any) -> tuple[int, int, int]:
     """Query heads, key-value heads, their width."""
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = head_width(text)
     return text.num_attention_heads, text.num_key_value_heads, size
 
 

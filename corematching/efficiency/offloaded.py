@@ -15,7 +15,7 @@ from corematching.efficiency.peaks import Peaks
 from corematching.efficiency.rows import Measured, Protocol, row_of
 from corematching.engine.offload import memory_budget, offload, resident_layers
 from corematching.methods.base import ChooseNeurons, Method
-from corematching.models.families import family_of
+from corematching.models.families import family_of, head_width
 
 WORKSPACE = 1.0e9
 """Bytes set aside on a GPU for activations (resident FFNs' wait for the choice of neurons), the allocator's slack and
@@ -51,7 +51,7 @@ def ffn_bytes(model: Any) -> float:
 def other_bytes(model: Any, prompt_tokens: int, room: int) -> float:
     """Everything but the FFNs: the other weights, the KV cache of an answer, and on a GPU a workspace."""
     sizes, text = Sizes.of(model.config), model.config.text_config
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = head_width(text)
     kv = 2 * sizes.depth * text.num_key_value_heads * head_dim * (2 * prompt_tokens + room)
     weights = sizes.total - sizes.depth * sizes.neuron * sizes.ffn_width
     return (weights + kv) * model.dtype.itemsize + (WORKSPACE if model.device.type == "cuda" else 0.0)

@@ -24,7 +24,7 @@ from corematching.engine.trace import SampleTrace
 from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, BeforeLayer, ChooseNeurons, Guide, Method, PredictNeurons, Stage
 from corematching.models.checkpoint import random_weights
-from corematching.models.families import family_of
+from corematching.models.families import family_of, head_width
 
 WIDTHS = (1, 2, 3)
 """Multiples of the narrowest width; three, since a polynomial of degree two goes through three points."""
@@ -85,7 +85,7 @@ def _divisor(config: Any) -> int:
     text, vision = config.text_config, config.vision_config
     if config.model_type != "llava":
         raise UserError(f"model type {config.model_type!r} cannot be predicted from shapes yet: give a LLaVA-1.5")
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head = head_width(text)
     return gcd(head // 2, vision.hidden_size // vision.num_attention_heads)
 
 

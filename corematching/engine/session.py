@@ -43,7 +43,7 @@ from corematching.methods.base import (
     PredictNeurons,
     Replace,
 )
-from corematching.models.families import family_of
+from corematching.models.families import family_of, head_width
 from corematching.models.support import stages_on
 
 MOST_HELD = 2**30
@@ -335,7 +335,7 @@ class Session:
     def kv_row_bytes(self, element_size: int) -> int:
         """Bytes of one token's keys and values in one layer."""
         text = self.model.config.text_config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        head_dim = head_width(text)
         return 2 * text.num_key_value_heads * head_dim * element_size
 
     # ----------------------------------------------------------------------------------------------------- prefill

@@ -9,7 +9,7 @@ from typing import Any
 
 from corematching.errors import UserError
 from corematching.models.families.anyres import LlavaNext, LlavaOnevision
-from corematching.models.families.base import Family
+from corematching.models.families.base import Family, head_width, side_of
 from corematching.models.families.internvl import InternVL
 from corematching.models.families.llava import Llava
 from corematching.models.families.qwen_vl import QwenVL
@@ -36,6 +36,8 @@ __all__ = [
     "Tile",
     "VisualTokens",
     "family_of",
+    "head_width",
+    "side_of",
 ]
 _QWEN_INPUTS = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
 FAMILIES: dict[str, Family] = {

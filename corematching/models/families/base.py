@@ -161,6 +161,16 @@ class Family:
         return tokens
 
 
+def head_width(text: Any) -> int:
+    """Width of an attention head of a decoder, from its transformers config; some families state it apart."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def side_of(size: Any) -> int:
+    """The side of a square, which transformers' configurations give once or twice."""
+    return size if isinstance(size, int) else size[0]
+
+
 def runs(mask: Tensor) -> list[int]:
     """Lengths of the runs of True in a bool [B, n], row by row."""
     lengths: list[int] = []

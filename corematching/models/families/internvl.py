@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from corematching.models.families.base import Family, runs
+from corematching.models.families.base import Family, runs, side_of
 from corematching.models.families.tokens import PATCH, THUMBNAIL, ImageTokens, Tile
 
 
@@ -19,12 +19,12 @@ class InternVL(Family):
 
     def of_tokens(self, model: Any, scores: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         vision, ratio = model.config.vision_config, int(1 / model.config.downsample_ratio)
-        side = _side(vision.image_size) // _side(vision.patch_size) // ratio
+        side = side_of(vision.image_size) // side_of(vision.patch_size) // ratio
         return scores.unflatten(1, (-1, side, ratio, side, ratio)).mean((3, 5)).flatten(1)
 
     def images(self, config: Any, inputs: Mapping[str, Any]) -> list[ImageTokens]:
         """One image per run of placeholders: text stands around every image. How crops lie in it is not told."""
-        patches = _side(config.vision_config.image_size) // _side(config.vision_config.patch_size)
+        patches = side_of(config.vision_config.image_size) // side_of(config.vision_config.patch_size)
         side = int(patches * config.downsample_ratio)
         found = runs(inputs["input_ids"] == self.image_token_id(config))
         return [self._image(length // side**2, side, patches) for length in found]
@@ -34,7 +34,3 @@ class InternVL(Family):
             return ImageTokens((Tile(side, side),), (1, patches, patches))
         crops = (Tile(side, side, PATCH, box=None),) * (tiles - 1)
         return ImageTokens((*crops, Tile(side, side, THUMBNAIL)), (tiles, patches, patches))
-
-
-def _side(size: Any) -> int:
-    return size if isinstance(size, int) else size[0]
