@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -81,9 +82,10 @@ class Forecast:
         past = tuple(_past(record) for record in records if record["kind"] == "accuracy")
         return cls(settings["model"], shapes, *_peaks(records), past, settings["batch_size"])
 
-    @property
+    @cached_property
     def element(self) -> int:
         """Bytes per weight in the type that the model will be loaded in; nothing is measured to find out."""
+        # Kept: every cell and every earlier one asks, and the answer rests on files of the system and of the cache.
         return 4 if dtype_of(self.model, measure=False) == "float32" else 2
 
     def tokens_by_layer(self, method: Mapping[str, Any], average: float | None = None) -> list[float]:
