@@ -84,16 +84,24 @@ def upload(folder: Path) -> None:
 
 def of(folder: Path) -> Remote | None:
     """What a folder is the mirror of, if of anything."""
+    url = _url_of(folder)
     try:
-        return Remote((folder / _MARK).read_text(encoding="utf-8").strip(), folder)
-    except (OSError, ValueError):
+        return Remote(url, folder) if url else None
+    except (OSError, ValueError):  # nothing here reads such URLs: then the mirror is a folder like any other
         return None
 
 
 def shown(folder: Path) -> str:
     """What to call a folder: its URL if it is a mirror."""
-    remote = of(folder)
-    return remote.url if remote else str(folder)
+    return _url_of(folder) or str(folder)
+
+
+def _url_of(folder: Path) -> str | None:
+    """The URL that a mirror's mark names; nothing is connected for it."""
+    try:
+        return (folder / _MARK).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
 
 
 class Remote:
