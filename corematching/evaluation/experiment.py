@@ -97,7 +97,10 @@ def plan(config: DictConfig, fetch: bool = True) -> Experiment:
     versions = {
         one.name: source.version(one) if fetch else source.version_at_hand(one) or NOT_FETCHED for one in benchmarks
     }
-    cells = [_cell(settings, model, row, one, versions[one.name]) for one in benchmarks for row in rows]
+    methods = [(row, method_identity(row)) for row in rows]  # once: files of methods are read for it
+    cells = [
+        _cell(settings, model, row, method, one, versions[one.name]) for one in benchmarks for row, method in methods
+    ]
     folder = asks.folder_of(settings)
     return Experiment(
         folder.name,
@@ -269,10 +272,17 @@ def model_label(identity: Mapping[str, Any]) -> str:
     return f"{identity['name']} ({', '.join(notes)})" if notes else str(identity["name"])
 
 
-def _cell(settings: Mapping[str, Any], model: Mapping[str, Any], row: Row, benchmark: Benchmark, version: str) -> Cell:
+def _cell(
+    settings: Mapping[str, Any],
+    model: Mapping[str, Any],
+    row: Row,
+    method: Mapping[str, Any],
+    benchmark: Benchmark,
+    version: str,
+) -> Cell:
     config = {
         "model": model,
-        **method_identity(row),
+        **method,
         "benchmark": {
             "name": benchmark.name,
             "data": settings["data"]["name"],
