@@ -35,6 +35,16 @@ class Question:
         except (UnicodeEncodeError, AttributeError) as error:
             raise UserError(f"{self.where}: the text {self.text!r} is not valid Unicode") from error
 
+    @property
+    def decoding(self) -> str:
+        """The settings as text, whatever their order: the same for questions that one batch can answer."""
+        return repr(sorted(self.settings.items()))
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from the other questions of a run."""
+        return self.where, self.text, self.decoding
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -123,7 +133,7 @@ class Prompts:
         visual = {own: self.encoder.tokens(self.pictures.sizes(own)) for own in set(keys)}
         lengths = [len(ids) for ids in self.processor.tokenizer(texts).input_ids] if texts else []
         return [
-            Asked(repr(sorted(question.settings.items())), own, length + visual[own])
+            Asked(question.decoding, own, length + visual[own])
             for (question, own), length in zip(pairs, lengths, strict=True)
         ]
 

@@ -68,7 +68,7 @@ class Sheet:
         Exception
             What ended this method.
         """
-        key = tuple((question.where, question.text, repr(sorted(question.settings.items()))) for question in questions)
+        key = tuple(question.key for question in questions)
         if key not in self._filled:
             self._filled[key] = self._together(questions, on_done) if self._worth(questions) else {}
         # Read once: what a cell has got need not be held here.
