@@ -25,8 +25,6 @@ from corematching.results.store import Store
 from corematching.texts import neutral
 
 _POLL_SECONDS = 2.0
-_GRACE_SECONDS = 60.0
-"""For workers to finish their batch."""
 
 
 def run_locally(
@@ -111,7 +109,7 @@ def _stop(workers: Sequence[subprocess.Popen]) -> None:
         worker.terminate()
     for worker in workers:
         try:
-            worker.wait(_GRACE_SECONDS)
+            worker.wait(stopping.GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()

@@ -29,10 +29,10 @@ from corematching.evaluation.experiment import Experiment
 from corematching.evaluation.progress import Reporter
 from corematching.evaluation.ray_worker import Worker
 from corematching.evaluation.records import new_record
+from corematching.results.manifest import FILE
 from corematching.results.store import Store
 
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 60.0
 _INHERITED = ("CM_", "HF_", "OMP_", "TOKENIZERS_", "TRANSFORMERS_", "CUDA_", "PYTORCH_", "OPENBLAS_")
 """Beginnings of environment variables that workers get from this process."""
 
@@ -162,7 +162,7 @@ class Fleet:
         for seat in self._flying.values():
             with suppress(self.ray.exceptions.RayError):
                 seat.actor.stop.remote()
-        deadline = time.monotonic() + _GRACE_SECONDS
+        deadline = time.monotonic() + stopping.GRACE_SECONDS
         while self._flying and time.monotonic() < deadline:
             ready, _ = self.ray.wait(list(self._flying), timeout=_POLL_SECONDS)
             for reference in ready:
@@ -216,7 +216,7 @@ class Fleet:
         """Ask a worker that has its model where it is, and whether it sees the store."""
         with suppress(self.ray.exceptions.RayError):
             seat.where = self.ray.get(seat.actor.where.remote(), timeout=30)
-            manifest = self.store.root.absolute() / "experiment.json"
+            manifest = self.store.root.absolute() / FILE
             if self._count > 1 and self.ray.get(seat.actor.sees.remote(manifest), timeout=30):
                 self._peers = self._count
 

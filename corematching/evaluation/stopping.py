@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from typing import Any
 
 INTERRUPTED, TO_BE_CONTINUED = 130, 0
+GRACE_SECONDS = 60.0
+"""For a process that was asked to stop, to finish its batch; then it is ended as it is."""
 _SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, *_SCHEDULERS)
 
@@ -72,19 +74,16 @@ def stoppable(say: Callable[[str], None]) -> Iterator[None]:
         name = signal.Signals(number).name
         say(f"{name}: stopping after the batch in flight; once more stops at once")
 
-    _State.before = {number: signal.getsignal(number) for number in _SIGNALS}
-    try:
-        install(handle)
+    _State.before = _handlers()
+    with kept():
+        for number in _SIGNALS:
+            signal.signal(number, handle)
         yield
-    finally:
-        for number, handler in _State.before.items():
-            signal.signal(number, handler)
 
 
-def install(handle: Any) -> None:
-    """Set the handler of all signals that stop a run."""
-    for number in _SIGNALS:
-        signal.signal(number, handle)
+def _handlers() -> dict[int, Any]:
+    """The handlers of all signals that stop a run."""
+    return {number: signal.getsignal(number) for number in _SIGNALS}
 
 
 @contextmanager
@@ -93,7 +92,7 @@ def kept() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    handlers = _handlers()
     try:
         yield
     finally:

@@ -10,8 +10,7 @@ import sys
 import threading
 import time
 
-_GRACE_SECONDS = 60.0
-"""To end cleanly, before the process is ended as it is; a cell in flight is then computed again."""
+from corematching.evaluation.stopping import GRACE_SECONDS
 
 
 def main() -> int:
@@ -26,7 +25,7 @@ def _end_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_GRACE_SECONDS)
+    time.sleep(GRACE_SECONDS)  # else the cell in flight is computed again
     os._exit(128 + signal.SIGTERM)
 
 
