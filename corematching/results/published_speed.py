@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from corematching.errors import UserError
 from corematching.results.columns import EFFICIENCY
-from corematching.results.reference import FOLDER
+from corematching.results.reference import FOLDER, read_sourced
 from corematching.results.tables import Column, Row, Table, budget, mark, number, word
 
 COLUMNS = ("method", "device", "quantity", "value", "statement", "certainty", "source")
@@ -29,22 +28,16 @@ def load_published_speed(folder: Path = FOLDER / "speed") -> pd.DataFrame:
     UserError
         If a file lacks a column, or a row has no source, an unknown quantity or certainty, or no number.
     """
-    frames = [pd.DataFrame(columns=list(COLUMNS))]
-    for path in sorted(folder.glob("*.csv")):
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        absent = [name for name in COLUMNS if name not in frame]
-        if absent:
-            raise UserError(f"{path.name} lacks column {absent[0]!r}; expected {', '.join(COLUMNS)}")
-        values = pd.to_numeric(frame["value"], errors="coerce")
-        known = frame["quantity"].isin(QUANTITIES.keys()) & frame["certainty"].isin(CERTAINTY)
-        bad = frame.index[(frame["source"].str.strip() == "") | values.isna() | ~known]
-        if len(bad):
-            raise UserError(
-                f"{path.name} line {bad[0] + 2} is not valid: every row needs a number, a source, a quantity of the "
-                f"efficiency table and a certainty ({' or '.join(CERTAINTY)})"
-            )
-        frames.append(frame[list(COLUMNS)].assign(value=values))
-    return pd.concat(frames, ignore_index=True)
+    wrong = (
+        "is not valid: every row needs a number, a source, a quantity of the efficiency table and a certainty "
+        f"({' or '.join(CERTAINTY)})"
+    )
+    return read_sourced(folder, COLUMNS, wrong, _known)
+
+
+def _known(frame: pd.DataFrame) -> pd.Series:
+    """Which rows are of a known quantity and certainty."""
+    return frame["quantity"].isin(QUANTITIES.keys()) & frame["certainty"].isin(CERTAINTY)
 
 
 def published_speed_table(rows: pd.DataFrame, published: pd.DataFrame) -> Table | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -23,17 +24,42 @@ def load_reference(folder: Path = FOLDER) -> pd.DataFrame:
     UserError
         If a file lacks a column, or a row has no source or no number.
     """
-    frames = [pd.DataFrame(columns=list(COLUMNS))]
+    return read_sourced(folder, COLUMNS, "has no source or no number; every number needs its source")
+
+
+def read_sourced(
+    folder: Path,
+    columns: Sequence[str],
+    wrong: str,
+    fits: Callable[[pd.DataFrame], pd.Series] = lambda frame: pd.Series(True, frame.index),
+) -> pd.DataFrame:
+    """All rows of ``*.csv`` in a folder; each has a number in column ``value`` and says its ``source``.
+
+    Parameters
+    ----------
+    columns
+        Those that every file has; others are left out. All are text but ``value``.
+    wrong
+        What is said of a line without number or source, or that does not fit.
+    fits
+        Which rows are valid for other reasons.
+
+    Raises
+    ------
+    UserError
+        If a file lacks a column, or a row is not valid.
+    """
+    frames = [pd.DataFrame(columns=list(columns))]
     for path in sorted(folder.glob("*.csv")):
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-        absent = [name for name in COLUMNS if name not in frame]
+        absent = [name for name in columns if name not in frame]
         if absent:
-            raise UserError(f"{path.name} lacks column {absent[0]!r}; expected {', '.join(COLUMNS)}")
+            raise UserError(f"{path.name} lacks column {absent[0]!r}; expected {', '.join(columns)}")
         values = pd.to_numeric(frame["value"], errors="coerce")
-        bad = frame.index[(frame["source"].str.strip() == "") | values.isna()]
+        bad = frame.index[(frame["source"].str.strip() == "") | values.isna() | ~fits(frame)]
         if len(bad):
-            raise UserError(f"{path.name} line {bad[0] + 2} has no source or no number; every number needs its source")
-        frames.append(frame[list(COLUMNS)].assign(value=values))
+            raise UserError(f"{path.name} line {bad[0] + 2} {wrong}")
+        frames.append(frame[list(columns)].assign(value=values))
     return pd.concat(frames, ignore_index=True)
 
 
