@@ -16,6 +16,20 @@ def choices(group: str) -> list[str]:
     return group_names(group)
 
 
+def known(group: str, name: str) -> str:
+    """`name`, if there is such a file in ``conf/<group>``.
+
+    Raises
+    ------
+    UserError
+        If there is none; names the ones there are.
+    """
+    valid = choices(group)
+    if name not in valid:
+        raise unknown(group, name, valid)
+    return name
+
+
 def load(group: str, name: str) -> dict[str, Any]:
     """Content of ``conf/<group>/<name>.yaml``.
 
@@ -24,10 +38,8 @@ def load(group: str, name: str) -> dict[str, Any]:
     UserError
         If there is no such file; names the ones there are.
     """
-    valid = choices(group)
-    if name not in valid:
-        raise unknown(group, name, valid)
-    return dict(OmegaConf.to_container(OmegaConf.load(registry.CONF / group / f"{name}.yaml")))  # type: ignore[arg-type]
+    file = registry.CONF / group / f"{known(group, name)}.yaml"
+    return dict(OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
 
 
 def unknown(what: str, value: object, valid: Iterable[str]) -> UserError:

@@ -102,10 +102,10 @@ def settings_of(cell: Cell, made: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = cell.config
     benchmark, model = config["benchmark"], config["model"]
-    words = [f"model={_known('model', model['name'])}", "executor=local", "tracking=none"]
-    words += [f"judge={_known('judge', benchmark.get('judge', 'none'))}"]
+    words = [f"model={groups.known('model', model['name'])}", "executor=local", "tracking=none"]
+    words += [f"judge={groups.known('judge', benchmark.get('judge', 'none'))}"]
     if not made.get("text"):
-        words += [f"data={_known('data', benchmark['data'])}"]
+        words += [f"data={groups.known('data', benchmark['data'])}"]
     with initialize_config_module("conf", version_base="1.3"):
         composed = compose("config", words)
     with open_dict(composed):
@@ -130,12 +130,6 @@ def _settable(made: Mapping[str, Any], composed: DictConfig) -> dict[str, Any]:
     return {
         name: {**(usual.get(name) or {}), **value} if isinstance(value, dict) else value for name, value in made.items()
     }
-
-
-def _known(part: str, name: str) -> str:
-    if name not in groups.choices(part):
-        raise groups.unknown(part, name, groups.choices(part))
-    return name
 
 
 def _origin(record: Mapping[str, Any], experiment: Experiment) -> Iterator[str]:

@@ -138,9 +138,7 @@ class Model(Part):
         if self.num_layers and self.layers and self.num_layers > self.layers:
             raise UserError(f"model.num_layers={self.num_layers} is not valid: give 1 to {self.layers}, or null")
         for method, parameters in (self.method_overrides or {}).items():
-            if method not in groups.choices("method"):
-                raise groups.unknown("method", method, groups.choices("method"))
-            check_parameters(method, parameters)
+            check_parameters(groups.known("method", method), parameters)
         return self
 
 
