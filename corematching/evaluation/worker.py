@@ -25,7 +25,7 @@ def _end_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(GRACE_SECONDS)  # else the cell in flight is computed again
+    time.sleep(GRACE_SECONDS)  # where that is not enough, the cell in flight is computed again
     os._exit(128 + signal.SIGTERM)
 
 
