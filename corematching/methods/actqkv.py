@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from corematching.errors import UserError
 from corematching.methods.base import ChooseRows, Geometry, Method, ReadRows, Stage
-from corematching.methods.parameters import Budget, check_budget
+from corematching.methods.parameters import Budget, check_budget, check_least
 from corematching.methods.rows import EVERYTHING, Blocks, check_parts, part_of, row_budget
 from corematching.methods.views import PromptRowsView, StepView
 
@@ -119,12 +118,10 @@ class ActQKV(Method):
     def __post_init__(self) -> None:
         for name in ("keep", "first", "last", "least"):
             check_budget(name, getattr(self, name))
-        for name in ("block", "probe"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is not valid: give a count >= 1")
+        check_least("block", self.block)
+        check_least("probe", self.probe)
         check_parts(self.keep, self.first, self.last)
-        if self.warm_up < 0:
-            raise UserError(f"warm_up={self.warm_up} is not valid: give a count >= 0")
+        check_least("warm_up", self.warm_up, 0)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         return [ChooseRows(layer, self.choose, self.begin) for layer in range(geometry.depth)]

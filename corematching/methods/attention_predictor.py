@@ -15,7 +15,7 @@ from torch.nn.functional import conv2d, pad
 
 from corematching.errors import UserError
 from corematching.methods.base import ChooseRows, Geometry, Method, ReadRows, Stage
-from corematching.methods.parameters import Budget, check_budget, check_layer
+from corematching.methods.parameters import Budget, check_budget, check_layer, check_least
 from corematching.methods.rows import EVERYTHING, Blocks, check_parts, part_of, row_budget, strongest_of_group
 from corematching.methods.views import PromptRowsView, StepView
 from corematching.registry import file_of
@@ -153,10 +153,10 @@ class AttentionPredictor(Method):
     def __post_init__(self) -> None:
         for name in ("keep", "first", "last"):
             check_budget(name, getattr(self, name))
-        for name in ("block", "history", "every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is not valid: give a count >= 1")
-
+        check_least("block", self.block)
+        check_least("history", self.history)
+        if self.every is not None:
+            check_least("every", self.every)
         check_parts(self.keep, self.first, self.last)
 
     def stages(self, geometry: Geometry) -> list[Stage]:

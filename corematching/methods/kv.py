@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from corematching.errors import UserError
 from corematching.methods.base import KeepKV
-from corematching.methods.parameters import Budget, check_budget, check_choice, count_of
+from corematching.methods.parameters import Budget, check_budget, check_choice, check_least, count_of
 from corematching.methods.views import KVView
 
 TIES = ("topk", "first")
@@ -102,8 +102,12 @@ POOLINGS: dict[str, Callable[..., Tensor]] = {"avg": avg_pool1d, "max": max_pool
 def check_window(window: int, kernel: int, pooling: str) -> None:
     """Refuse an observing window or a smoothing that cannot be."""
     check_choice("pooling", pooling, tuple(POOLINGS))
-    if window < 1:
-        raise UserError(f"window={window!r} is not valid: give a count >= 1")
+    check_least("window", window)
+    check_kernel(kernel)
+
+
+def check_kernel(kernel: int) -> None:
+    """Refuse a width of smoothing that has no middle."""
     if kernel % 2 != 1 or kernel < 1:
         raise UserError(f"kernel={kernel!r} is not valid: give an odd count >= 1")
 

@@ -120,6 +120,12 @@ def check_count(name: str, keep: Budget, tokens: int | None) -> None:
         raise UserError(f"{name}={keep} is more than the {tokens} visual tokens of an image: give 1 to {tokens}")
 
 
+def check_least(name: str, value: int, least: int = 1) -> None:
+    """Refuse a count below the least that makes sense."""
+    if value < least:
+        raise UserError(f"{name}={value} is not valid: give a count >= {least}")
+
+
 def check_layer(name: str, layer: int, depth: int, first: int = 0) -> int:
     """Refuse a layer outside the model; returns it."""
     if isinstance(layer, bool) or not isinstance(layer, int) or not first <= layer < depth:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from corematching.errors import UserError
 from corematching.methods.base import ChooseRows, Geometry, Method, ReadRows, Stage
-from corematching.methods.parameters import Budget, check_budget
+from corematching.methods.parameters import Budget, check_budget, check_least
 from corematching.methods.rows import EVERYTHING, row_budget
 from corematching.methods.views import PromptRowsView, StepView
 
@@ -74,10 +74,8 @@ class PoD(Method):
 
     def __post_init__(self) -> None:
         check_budget("keep", self.keep)
-        if self.first < 0:
-            raise UserError(f"first={self.first} is not valid: give a count >= 0")
-        if self.observe < 1:
-            raise UserError(f"observe={self.observe} is not valid: give a count >= 1")
+        check_least("first", self.first, 0)
+        check_least("observe", self.observe)
         for name in ("similar", "gate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)} is not valid: give a number in [0, 1]")

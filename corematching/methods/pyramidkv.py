@@ -6,10 +6,9 @@ import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corematching.errors import UserError
 from corematching.methods.base import AfterPrefill, Geometry, KeepKV, Method, Stage
 from corematching.methods.kv import TIES, check_window, keep_best, kept_counts, window_scores
-from corematching.methods.parameters import Budget, check_budget, check_choice
+from corematching.methods.parameters import Budget, check_budget, check_choice, check_least
 from corematching.methods.views import KVView
 
 
@@ -49,8 +48,7 @@ class PyramidKV(Method):
         check_budget("keep", self.keep)
         check_choice("ties", self.ties, TIES)
         check_window(self.window, self.kernel, self.pooling)
-        if self.beta < 1:
-            raise UserError(f"beta={self.beta} is not valid: give a count >= 1")
+        check_least("beta", self.beta)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         select = functools.partial(self.select, depth=geometry.depth)

@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity, max_pool1d
 
 from corematching.errors import UserError
 from corematching.methods.base import ChooseRows, Geometry, Method, ReadRows, Stage
+from corematching.methods.kv import check_kernel
 from corematching.methods.parameters import Budget, check_budget
 from corematching.methods.rows import row_budget, strongest_of_group, with_own_row
 from corematching.methods.views import PromptRowsView, StepView
@@ -67,8 +68,7 @@ class RefreshKV(Method):
             raise UserError(f"every={self.every} is not valid: give a count >= 1, or null for never")
         if self.similarity is not None and not -1 <= self.similarity <= 1:
             raise UserError(f"similarity={self.similarity} is not valid: give a cosine in [-1, 1], or null")
-        if self.kernel % 2 != 1 or self.kernel < 1:
-            raise UserError(f"kernel={self.kernel} is not valid: give an odd count >= 1")
+        check_kernel(self.kernel)
 
     def stages(self, geometry: Geometry) -> list[Stage]:
         compares = self._compares
