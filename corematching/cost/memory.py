@@ -31,7 +31,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     else:
         _reset_resident_peak()
         yield peak
-        peak.bytes = _resident_peak()
+        peak.bytes = _noted("/proc/self/status", "VmHWM") or 0
 
 
 def _reset_resident_peak() -> None:
@@ -39,15 +39,6 @@ def _reset_resident_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return  # then the peak is the process's so far, an upper bound
-
-
-def _resident_peak() -> int:
-    """VmHWM in bytes; 0 where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -58,13 +49,14 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    bounds = [_meminfo("MemAvailable"), _group_room()]
+    bounds = [_noted("/proc/meminfo", "MemAvailable"), _group_room()]
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
-def _meminfo(name: str) -> int | None:
+def _noted(path: str, name: str) -> int | None:
+    """Bytes that a file under /proc gives by a name, in kB there; None where nothing does."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
