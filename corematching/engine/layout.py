@@ -213,6 +213,25 @@ class Layout:
         return decision.mix(tokens_at(rows, self.visual))
 
 
+def deepstack_rows(mask: Tensor | None, embeds: list[Tensor]) -> tuple[Tensor, ...]:
+    """Per level: [B, n, d] of what a layer's output gets added; zeros where no visual token is.
+
+    Parameters
+    ----------
+    mask
+        Bool [B, n]: visual tokens.
+    embeds
+        Per level: [visual tokens of the batch, d], row by row.
+    """
+    assert mask is not None
+    rows = []
+    for level in embeds:
+        added = torch.zeros(*mask.shape, level.shape[-1], dtype=level.dtype, device=mask.device)
+        added[mask] = level.to(added.device)
+        rows.append(added)
+    return tuple(rows)
+
+
 def positions_at(positions: Tensor, index: Tensor) -> Tensor:
     """Position ids, [B, n] or [R, B, n], at long [B, m]."""
     return positions.gather(-1, index.expand(*positions.shape[:-2], *index.shape))

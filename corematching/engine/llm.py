@@ -13,8 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from corematching.engine import turns
 from corematching.engine.cache import Conversation, Rows, trace_layers
-from corematching.engine.layout import Layout, Past, Stream, joined
-from corematching.engine.positions import Positions, deepstack_rows
+from corematching.engine.layout import Layout, Past, Stream, deepstack_rows, joined
+from corematching.engine.positions import Positions
 from corematching.engine.rows import note_prompt, open_choices
 from corematching.engine.sharing import SharedRun
 from corematching.engine.state import PromptState

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from corematching.engine.layout import positions_at
@@ -63,22 +62,3 @@ class Positions:
         """Of the same tokens under a layer's own numbering."""
         rotary = self.rotary - shift
         return Positions(rotary, rotary if rotary.dim() == 2 else self.text)
-
-
-def deepstack_rows(mask: Tensor | None, embeds: list[Tensor]) -> tuple[Tensor, ...]:
-    """Per level: [B, n, d] of what a layer's output gets added; zeros where no visual token is.
-
-    Parameters
-    ----------
-    mask
-        Bool [B, n]: visual tokens.
-    embeds
-        Per level: [visual tokens of the batch, d], row by row.
-    """
-    assert mask is not None
-    rows = []
-    for level in embeds:
-        added = torch.zeros(*mask.shape, level.shape[-1], dtype=level.dtype, device=mask.device)
-        added[mask] = level.to(added.device)
-        rows.append(added)
-    return tuple(rows)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from corematching.engine.views import rotate
+
 if TYPE_CHECKING:
     from corematching.engine.session import Session
 
@@ -89,13 +91,9 @@ def _attention(queries: Tensor, keys: Tensor) -> Tensor:
 def _fused(module: Any, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Rotated queries and keys [H, n, hd] of packed sequences [n, d]."""
     parts = module.qkv(hidden).unflatten(1, (3, module.num_heads, -1)).permute(1, 2, 0, 3)
-    cos, sin = (part.float() for part in rope)
-    return _turned(parts[0], cos, sin), _turned(parts[1], cos, sin)
-
-
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = states.float().chunk(2, dim=-1)
-    return (states.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(states.dtype)
+    cos, sin = (part.float()[None] for part in rope)
+    queries, keys = (rotate(part.float()[None], cos, sin)[0].to(part.dtype) for part in parts[:2])
+    return queries, keys
 
 
 def _separate(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:

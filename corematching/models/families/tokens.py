@@ -111,10 +111,6 @@ class VisualTokens:
         """Visual tokens per image."""
         return [image.count for image in self.images]
 
-    def taken(self, images: Sequence[int]) -> VisualTokens:
-        """Of some of the images, in the order given; one may come several times."""
-        return VisualTokens.of([self.images[image] for image in images])
-
 
 @lru_cache(maxsize=256)
 def _facts(tiles: tuple[Tile, ...]) -> Tensor:
