@@ -12,12 +12,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from corematching.answering.conversation import render as prompt_of
-from corematching.benchmarks.mini.drawing import render
 from corematching.errors import UserError
 from corematching.inspection.activity import activity
-from corematching.models.loading import load_model
 from corematching.training import gates
+from corematching.training.calibration import inputs_about, load_with_processor
 from corematching.training.prompts import user_prompt
 
 
@@ -36,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in options.only or () if name not in known]:
         parser.error(f"unknown condition {unknown[0]!r}: choose from {'; '.join(known)}")
     try:
-        model, processor = load_model(options.model)
+        model, processor = load_with_processor(options.model)
         folder = options.out / f"seed-{options.seed}"
         folder.mkdir(parents=True, exist_ok=True)
         asked = gates.ask(options.n, options.seed)
@@ -51,14 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.ablations or options.trained:
         return 0 if met else 1
     print("\n| layer | positive, visual | positive, text | votes of the top 40 % |\n|---:|---:|---:|---:|")
-    prompts = (
-        processor(
-            images=[render(one.scene)],
-            text=[prompt_of(processor, user_prompt("gqa", one.question, "llava15"), 1, "llava15")],
-            return_tensors="pt",
-        )
-        for one in asked[:40:2]
-    )
+    prompts = (inputs_about(processor, one.scene, user_prompt("gqa", one.question, "llava15")) for one in asked[:40:2])
     for layer, row in enumerate(activity(model, prompts)):
         print(f"| {layer} | {row.positive_visual:.2f} | {row.positive_text:.2f} | {row.concentration:.2f} |")
     return 0 if met else 1

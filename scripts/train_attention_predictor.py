@@ -19,13 +19,11 @@ from statistics import mean, stdev
 import torch
 
 from corematching import files
-from corematching.answering import conversation
-from corematching.benchmarks.mini.drawing import render
 from corematching.benchmarks.mini.scenes import make_scene
 from corematching.errors import UserError
 from corematching.methods.attention_predictor import BUNDLED
-from corematching.models.loading import load_model
 from corematching.training.attention_predictor import collect, recall, train, untrained
+from corematching.training.calibration import inputs_about, load_with_processor
 
 FIRST_SCENE = 950_000
 """Seed of the first scene."""
@@ -36,10 +34,8 @@ SHARE = 0.25
 
 def prompts(processor, first: int, count: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Model inputs of ``count`` scenes from ``first`` on."""
-    text = conversation.render(processor, QUESTION, 1, "llava15")
     for number in range(first, first + count):
-        scene = make_scene(FIRST_SCENE + number, "train")
-        yield processor(images=render(scene), text=text, return_tensors="pt").to(device)
+        yield inputs_about(processor, make_scene(FIRST_SCENE + number, "train"), QUESTION).to(device)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,11 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=BUNDLED, help="file to write (default: the bundled one)")
     options = parser.parse_args(arguments)
     try:
-        model, processor = load_model(options.model)
+        model, processor = load_with_processor(options.model)
     except UserError as error:
         parser.error(str(error))
-    if processor is None:
-        parser.error(f"{options.model} comes without a processor, which calibration prompts with images need")
     start = time.perf_counter()
     total = options.prompts + options.held_out
     traces = collect(model, prompts(processor, 0, total, model.device), options.tokens)

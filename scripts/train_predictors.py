@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 
-from corematching.answering import conversation
-from corematching.benchmarks.mini.drawing import render
 from corematching.benchmarks.mini.questions import questions_for
 from corematching.benchmarks.mini.scenes import make_scene
 from corematching.engine.predictors import FILE_NAME, save_predictors
 from corematching.errors import UserError
-from corematching.models.loading import load_model, model_path
+from corematching.models.loading import model_path
+from corematching.training.calibration import inputs_about, load_with_processor
 from corematching.training.predictors import LABELS, collect, train_predictor
 from corematching.training.prompts import user_prompt
 
@@ -40,8 +39,7 @@ def prompts(processor, count: int, device: torch.device) -> Iterator[dict[str, t
     while made < count:
         scene, benchmark = make_scene(seed, "train"), SHORT_ANSWERS[seed % len(SHORT_ANSWERS)]
         for question in questions_for(benchmark, scene, rng)[: min(3, count - made)]:
-            text = conversation.render(processor, user_prompt(benchmark, question, "llava15"), 1, "llava15")
-            yield processor(images=render(scene), text=text, return_tensors="pt").to(device)
+            yield inputs_about(processor, scene, user_prompt(benchmark, question, "llava15")).to(device)
             made += 1
         seed += 1
 
@@ -58,11 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=None, help="file to write")
     options = parser.parse_args(arguments)
     try:
-        model, processor = load_model(options.model)
+        model, processor = load_with_processor(options.model)
     except UserError as error:
         parser.error(str(error))
-    if processor is None:
-        parser.error(f"{options.model} comes without a processor, which calibration prompts with images need")
     output = options.output or Path(model_path(options.model)) / FILE_NAME
     if not output.parent.is_dir():
         parser.error(f"{options.model} is not a local folder: say where to write with --output")
