@@ -15,6 +15,7 @@ from corematching.training.codes import CodeBook
 from corematching.training.language import Packer
 from corematching.training.reading import attend_by_policy, run_layers
 from corematching.training.selection import answers, ask, frozen
+from corematching.training.vision import tower_features
 from corematching.training.vocabulary import build_tokenizer
 
 LAYERS = (1, 2)
@@ -95,7 +96,7 @@ def test_steps_move_the_selector_and_leave_the_model_alone(untrained, asked):
 def test_the_router_sees_in_training_what_it_sees_at_inference(untrained, asked, tmp_path):
     model, packer = untrained
     weights = focusllava.Router(model.config.vision_config.hidden_size, 3).weights.detach() * 10
-    features = focusllava.tower_features(model, asked.pixels)
+    features = tower_features(model, asked.pixels)[:, 1:]
     tokens, patch, scale = candidates(features, 24, 24)
     chosen = route(region_summary(regions(features, 24, 24)), weights).argmax(-1)
     wanted = chosen[:, region_of(patch, 24)] == scale

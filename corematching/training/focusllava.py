@@ -17,6 +17,7 @@ from corematching.methods.focusllava import POOLED, TOKENS, candidates, region_o
 from corematching.training.language import Packer
 from corematching.training.loop import Schedule
 from corematching.training.selection import answer_losses, answers, ask, straight_through
+from corematching.training.vision import tower_features
 
 BUDGET_WEIGHT = 10.0
 DISTILL_WEIGHT = 0.5
@@ -30,16 +31,6 @@ class Router(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randn(len(POOLED), 2 * width + 1, generator=generator) * (2 * width) ** -0.5
         self.weights = nn.Parameter(drawn * 0.3)
-
-
-def tower_features(model: Any, pixels: Tensor) -> Tensor:
-    """Patch features [n, P, d] at the feature layer, before the projector."""
-    tower = model.model.vision_tower
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-    layers = tower.encoder.layers
-    for layer in layers[: model.config.vision_feature_layer % (len(layers) + 1)]:
-        hidden = layer(hidden, None)
-    return hidden[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ class RouterStage:
         assert isinstance(model, Router)
         asked = ask(self.packer, self.seed, step, self.scenes)
         with torch.no_grad():
-            features = tower_features(self.llava, asked.pixels)
+            features = tower_features(self.llava, asked.pixels)[:, 1:]
             teacher, targets = answers(self.llava, asked.batch, self.llava.model.multi_modal_projector(features))
             tokens, patch, scale = candidates(features, GRID, GRID)
             visual = self.llava.model.multi_modal_projector(tokens)

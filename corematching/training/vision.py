@@ -65,6 +65,11 @@ def visual_features(model, values: Tensor, rows: Tensor | None = None, cols: Ten
 
 def projected(model, values: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
     """Like :func:`visual_features`, the projected [CLS] in front: (n, 1 + patches, width)."""
+    return model.model.multi_modal_projector(tower_features(model, values, rows, cols))
+
+
+def tower_features(model, values: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
+    """What :func:`projected` is made of: features before the projector."""
     tower = model.model.vision_tower
     embed = tower.embeddings
     patches = embed.patch_embedding(values).flatten(2).transpose(1, 2)
@@ -77,7 +82,7 @@ def projected(model, values: Tensor, rows: Tensor | None = None, cols: Tensor | 
     hidden = tower.pre_layrnorm(torch.cat([first, patches], dim=1))
     for layer in tower.encoder.layers[:-1]:  # vision_feature_layer = -2: the last layer is not used
         hidden = layer(hidden, attention_mask=None)
-    return model.model.multi_modal_projector(hidden)
+    return hidden
 
 
 def vision_loss(features: Tensor, batch: VisionBatch, codes: CodeBook) -> tuple[Tensor, dict[str, float]]:
