@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import PurePosixPath
+
 import pytest
 import torch
 from conftest import left_pad, make_prompt
@@ -125,6 +128,18 @@ def test_what_does_not_fit_is_told_in_one_line(parameters, message, random_llava
         pass
     with pytest.raises(cm.UserError, match=r"keep=0"):
         cm.build_method("focusllava", keep=0.0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a text", pickle.dumps(PurePosixPath("a"), protocol=2), 3, torch.zeros(3), torch.zeros(2, 65)],
+    ids=["text", "other pickle", "number", "vector", "two scales"],
+)
+def test_a_file_that_holds_no_router_is_one_line(content, random_llava, tmp_path):
+    path = tmp_path / "odd.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else save(path, content)
+    with pytest.raises(cm.UserError, match=r"^router='.*odd.pt' is no router that can be read: train one [^\n]*$"):
+        cm.build_method("focusllava", router=str(path))(random_llava).__enter__()
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from corematching.errors import UserError
 from corematching.methods.base import ChooseRows, Geometry, Method, ReadRows, Stage
 from corematching.methods.parameters import Budget, check_budget, check_layer, check_least
 from corematching.methods.rows import EVERYTHING, Blocks, check_parts, part_of, row_budget, strongest_of_group
+from corematching.methods.stored import stored
 from corematching.methods.views import PromptRowsView, StepView
 from corematching.registry import file_of
 
@@ -61,21 +61,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         If there is no such file, or it is no such net's.
     """
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["weights"]
+        weights = stored(path, "weights")
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        EOFError,
-        pickle.PickleError,
-    ) as error:
-        raise UserError(
-            f"predictor={str(path)!r} cannot be read as the net's weights: {error}".partition("\n")[0]
-        ) from error
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"predictor={str(path)!r} cannot be read as the net's weights: {error}") from error
     if shapes != SHAPES:
         raise UserError(f"predictor={str(path)!r} was made for another net")
     return {name: weight.float() for name, weight in weights.items()}

@@ -15,6 +15,7 @@ from corematching.errors import UserError
 from corematching.methods.base import BeforeLayer, Geometry, Keep, Method, Replace, Stage, VisionOutput
 from corematching.methods.parameters import check_budget, check_layer
 from corematching.methods.selection import keep_top, tokens_at
+from corematching.methods.stored import stored
 from corematching.methods.views import LayerView, VisionView
 from corematching.registry import file_of
 
@@ -162,8 +163,10 @@ def load_router(path: str | None) -> Tensor:
     if path is None:
         raise UserError("router=None: focusllava needs a router; train one with scripts/train_selection.py focusllava")
     try:
-        weights = torch.load(file_of(path), weights_only=True, map_location="cpu")["router"]
-    except (OSError, KeyError, TypeError, RuntimeError, EOFError, ValueError) as error:
+        weights = stored(file_of(path), "router")
+        if not isinstance(weights, Tensor) or weights.dim() != 2 or len(weights) != len(POOLED):
+            raise ValueError("no matrix of a row per scale")
+    except ValueError as error:
         raise UserError(
             f"router={path!r} is no router that can be read: train one with scripts/train_selection.py focusllava"
         ) from error
