@@ -210,6 +210,14 @@ def test_the_program_stores_and_resumes_remotely(url, tmp_path, monkeypatch, cap
     assert there(run) == first
 
 
+def test_predictions_arrive_with_what_names_and_shows_them(url):
+    words = ["+experiment=paper_hardware", "model=tiny", "hardware=titan_xp", "methods=[dense]", "keep=[]"]
+    assert cli.main([*words, "report=false", f"results_dir={url.rpartition('/')[0]}"]) == 0
+    found = there(url.replace("/run", "/paper_hardware"))
+    assert {"table.md", "table.csv", "experiment.json"} < set(found)
+    assert any(path.endswith("/cell.json") for path in found)
+
+
 def test_what_cannot_be_reached_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CM_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)

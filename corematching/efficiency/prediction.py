@@ -67,6 +67,7 @@ def run(config: DictConfig) -> int:
         publish_run(folder, print, lambda make: None)
     told = [line for plan in planned for line in plan.refusals(store)]
     show_table(store, [cell for plan in planned for _, cell in plan.cells()], told)
+    store.upload()
     return 0
 
 
