@@ -25,7 +25,7 @@ from corematching.errors import UserError
 from corematching.evaluation import asks
 from corematching.evaluation.attempt import begun
 from corematching.evaluation.cells import Cell
-from corematching.evaluation.experiment import Row, forced_since, method_rows
+from corematching.evaluation.experiment import Row, forced_since, method_identity, method_rows
 from corematching.evaluation.publishing import outdated, publish_run
 from corematching.evaluation.records import describe, new_record
 from corematching.evaluation.settings import read_settings
@@ -127,7 +127,7 @@ class Plan:
                 config = {
                     "kind": "efficiency",
                     "model": {"name": self.model, "path": model_path(self.model), "weights": "random"},
-                    "method": {"name": self.row.method, **self.row.parameters},
+                    **method_identity(self.row),
                     "benchmark": {"name": "efficiency", "data": "shapes", "version": VERSION, "limit": None},
                     "prompt": f"{prompt['before']} + image + {prompt['after']} tokens",
                     "generation": {"max_new_tokens": tokens},
