@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from corematching import kernels
 from corematching.cli import main
 from corematching.cost.hardware import load_hardware
 from corematching.cost.roofline import Hardware, Sizes, at_depth, decode_bytes, predict
+from corematching.efficiency import bench
 from corematching.efficiency.ffn_ways import measured_ways
 from corematching.efficiency.inputs import fixed_batch, fixed_inputs
 from corematching.efficiency.latency import Pair, Run, Spread, decision_seconds, in_turns
@@ -58,6 +60,14 @@ ON_TINY = {
 @pytest.fixture(scope="module")
 def tiny():
     return cm.load_model("tiny", device="cpu")[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peaks_measured_once():
+    """The first run measures this machine's peaks, which takes seconds; later ones find the same."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench, "measure_peaks", cache(bench.measure_peaks))
+        yield
 
 
 @pytest.mark.parametrize("name", [name for name in group_names("method") if name != "cdpruner"])
@@ -313,8 +323,6 @@ def test_wrong_efficiency_settings_take_one_line(tmp_path: Path, capsys):
 
 
 def test_a_method_that_fails_leaves_a_failed_cell_and_the_others_go_on(tmp_path: Path, capsys, monkeypatch):
-    from corematching.efficiency import bench
-
     def fail(model, dense, method, *rest):
         if method.name == "random":
             raise MemoryError("too large")
